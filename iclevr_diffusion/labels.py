@@ -27,8 +27,8 @@ def read_label_lists(path: str | Path, vocabulary: LabelVocabulary = ICLEVR_LABE
         )
     try:
         label_lists = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be JSON, got an error at line {error.lineno}: {error.msg}.") from error
+    except ValueError as error:  # of the JSON or of its encoding
+        raise ValueError(f"{path} must be JSON in UTF-8: {error}.") from error
     if not isinstance(label_lists, list) or not label_lists:
         raise ValueError(f'{path} must hold a list of label lists such as [["red cube"], ["gray cube"]].')
     try:

@@ -117,7 +117,8 @@ def test_a_vocabulary_is_read_in_the_order_of_its_indices(tmp_path):
         ('{"red": true}', "must map"),
         ('{"red": 0, "blue": 2}', "without a gap"),
         ('{"red": 0, "blue": 0}', "without a gap"),
-        ('{"red": 0', "line 1"),
+        ('{"red": 0', "UTF-8: .*line 1"),
+        ('{"red": 0, "blue": 1, "red": 2}', r"\['red'\] more than once"),
         ("{}", "at least one"),
     ],
 )
@@ -142,7 +143,7 @@ def test_the_packaged_lists_ask_for_72_and_84_labels():
         ('["red"]', "outside"),
         ("[]", "list of label lists"),
         ('{"red": 0}', "list of label lists"),
-        ("[[", "line 1"),
+        ("[[", "UTF-8: .*line 1"),
     ],
 )
 def test_a_file_of_lists_that_does_not_fit_is_refused_by_name(text, message, tmp_path):
@@ -155,3 +156,12 @@ def test_a_file_of_lists_that_does_not_fit_is_refused_by_name(text, message, tmp
 def test_a_missing_file_of_lists_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="new_test"):
         read_label_lists(tmp_path / "absent.json")
+
+
+def test_a_file_that_is_not_text_is_refused_by_name(tmp_path):
+    path = tmp_path / "objects.json"
+    path.write_bytes(b'{"\xff": 0}')
+    with pytest.raises(ValueError, match="objects.json must be JSON in UTF-8"):
+        LabelVocabulary.from_json(path)
+    with pytest.raises(ValueError, match="objects.json must be JSON in UTF-8"):
+        read_label_lists(path, COLOURS)

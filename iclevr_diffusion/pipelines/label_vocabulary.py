@@ -42,9 +42,15 @@ class LabelVocabulary:
             ValueError: If the file does not map names to the indices 0, 1, 2, ... without a gap.
         """
         try:
-            index_of = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} must be JSON, got an error at line {error.lineno}: {error.msg}.") from error
+            pairs = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=list)
+        except ValueError as error:  # of the JSON or of its encoding
+            raise ValueError(f"{path} must be JSON in UTF-8: {error}.") from error
+        is_mapping = isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)
+        index_of = dict(pairs) if is_mapping else pairs
+        if is_mapping and len(index_of) != len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"{path} must name each label once, got {_shorten(repeated)} more than once.")
         if not isinstance(index_of, dict) or any(type(index) is not int for index in index_of.values()):
             raise ValueError(
                 f'{path} must map label names to whole numbers, as in {{"gray cube": 0, "red cube": 1}},'

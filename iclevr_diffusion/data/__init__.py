@@ -1,0 +1,18 @@
+from iclevr_diffusion.data.batches import BatchLoader, normalize
+from iclevr_diffusion.data.builder import IclevrBuilder, export_parquet
+from iclevr_diffusion.data.folder import IclevrFolder
+from iclevr_diffusion.data.split import SPLITS, scene_of_file, split_of_scene
+from iclevr_diffusion.data.store import ImageStore, open_store
+
+__all__ = [
+    "SPLITS",
+    "BatchLoader",
+    "IclevrBuilder",
+    "IclevrFolder",
+    "ImageStore",
+    "export_parquet",
+    "normalize",
+    "open_store",
+    "scene_of_file",
+    "split_of_scene",
+]
