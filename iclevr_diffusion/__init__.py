@@ -1,16 +1,25 @@
 """Multi-label conditional image generation on the Hugging Face stack."""
 
-# Every component class is imported here, eagerly: diffusers loads a saved folder only if its classes already are.
-from iclevr_diffusion.labels import ICLEVR_LABELS, LabelVocabulary, read_label_lists
-from iclevr_diffusion.models.unet_multilabel import MultiLabelUNet2DModel
-from iclevr_diffusion.pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline
-
 __version__ = "0.1.0"
+
+# Every component class is imported here, eagerly: diffusers loads a saved folder only if its classes already are.
+from iclevr_diffusion.hub import export_pipeline, load_pipeline, push_to_hub
+from iclevr_diffusion.labels import ICLEVR_LABELS, LabelVocabulary, read_label_lists
+from iclevr_diffusion.models.classifier import LabelClassifier
+from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+from iclevr_diffusion.models.unet_multilabel import MultiLabelUNet2DModel
+from iclevr_diffusion.pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline, ConditionalImageOutput
 
 __all__ = [
     "ICLEVR_LABELS",
     "ConditionalDDPMPipeline",
+    "ConditionalImageOutput",
+    "LabelClassifier",
     "LabelVocabulary",
     "MultiLabelUNet2DModel",
+    "SmallLabelClassifier",
+    "export_pipeline",
+    "load_pipeline",
+    "push_to_hub",
     "read_label_lists",
 ]

@@ -309,6 +309,12 @@ def test_label_names_must_fit_the_network():
         ConditionalDDPMPipeline(base.unet, base.scheduler)
 
 
+def test_saving_does_not_upload_the_folder(pipeline, tmp_path):
+    with pytest.raises(ValueError, match=r"pipe.push_to_hub\(repo_id\)"):
+        pipeline.save_pretrained(tmp_path, push_to_hub=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_pipeline_is_a_diffusers_pipeline(pipeline):
     assert isinstance(pipeline, diffusers.DiffusionPipeline)
     assert set(pipeline.components) == {"unet", "scheduler"}

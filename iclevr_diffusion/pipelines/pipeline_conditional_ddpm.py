@@ -1,4 +1,6 @@
+import importlib
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -206,6 +208,45 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
                 " least one label, or use `class_labels=None` to draw without a condition."
             )
         return multi_hot
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # noqa: ANN401 -- diffusers' own
+        """Saves the pipeline as diffusers does; `push_to_hub=True` is refused, since it would upload the whole folder.
+
+        Raises:
+            ValueError: If `push_to_hub` is given.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError(
+                "`push_to_hub` must be left out: it would upload whatever lies in the folder; use"
+                " `pipe.push_to_hub(repo_id)`, which uploads the model, its code and its card alone."
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        dry_run: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> Any:  # noqa: ANN401 -- the commit, or the files of a dry run
+        """Uploads this pipeline with its code and a model card, as `iclevr_diffusion.hub.push_to_hub` does.
+
+        It takes the package `iclevr_diffusion`, and a pipeline that `iclevr_diffusion.load_pipeline` has opened.
+        """
+        # By its name, since diffusers asks people to install whatever a published file has an import statement for.
+        hub = importlib.import_module("iclevr_diffusion.hub")
+        return hub.push_to_hub(
+            self,
+            repo_id,
+            private=private,
+            dry_run=dry_run,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
 
     def _denoise(
         self,

@@ -1,0 +1,81 @@
+"""Random changes of images that leave their labels true.
+
+A judge is trained on sharp, clean images and then reads generated ones, which are shifted, blurred, noisy and off in
+light. Every function takes and returns `pixel_values` (B, 3, H, W), draws afresh for each image of the batch, and
+draws from `generator` alone, so that the same generator state gives the same images.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _uniform(
+    pixel_values: Tensor, low: float, high: float, generator: torch.Generator | None, channels: int = 1
+) -> Tensor:
+    """Draws (B, channels, 1, 1) numbers from [low, high)."""
+    shape = (len(pixel_values), channels, 1, 1)
+    draw = torch.rand(shape, generator=generator, device=pixel_values.device, dtype=pixel_values.dtype)
+    return low + (high - low) * draw
+
+
+def random_flip(pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Mirrors half of the images left to right; labels name colour and shape, which a mirror keeps."""
+    return torch.where(_uniform(pixel_values, 0, 1, generator) < 0.5, pixel_values.flip(-1), pixel_values)
+
+
+def random_shift(pixel_values: Tensor, max_shift: int = 4, generator: torch.Generator | None = None) -> Tensor:
+    """Moves each image by up to `max_shift` whole pixels both ways and repeats the border where nothing is left."""
+    batch, _, height, width = pixel_values.shape
+    shift = torch.randint(-max_shift, max_shift + 1, (2, batch, 1), generator=generator, device=pixel_values.device)
+    rows = (torch.arange(height, device=shift.device) + shift[0]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=shift.device) + shift[1]).clamp(0, width - 1)
+    image = torch.arange(batch, device=shift.device)[:, None, None]
+    # Indexing moves the channels last: (B, H, W, 3).
+    return pixel_values.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_blur(
+    pixel_values: Tensor, low: float = -0.5, high: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Mixes each image with its blurred copy: 1 is the blur (a 5x5 binomial), 0 the image, below 0 sharpens."""
+    weight = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=pixel_values.device, dtype=pixel_values.dtype) / 16
+    padded = F.pad(pixel_values, (2, 2, 2, 2), mode="replicate")
+    blurred = F.conv2d(padded, weight.expand(3, 1, 1, 5), groups=3)
+    blurred = F.conv2d(blurred, weight[:, None].expand(3, 1, 5, 1), groups=3)
+    return torch.lerp(pixel_values, blurred, _uniform(pixel_values, low, high, generator))
+
+
+def random_light(
+    pixel_values: Tensor,
+    brightness: float = 0.15,
+    contrast: float = 0.25,
+    tint: float = 0.05,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Changes contrast about the image's mean by a factor, then adds a brightness, and to each channel a tint.
+
+    Args:
+        pixel_values: Images (B, 3, H, W).
+        brightness: Largest amount added to or taken from an image.
+        contrast: The factor lies in [1 - contrast, 1 + contrast).
+        tint: Largest amount added to or taken from one channel; small, because colours are labels.
+        generator: Source of the draws.
+    """
+    mean = pixel_values.mean((1, 2, 3), keepdim=True)
+    factor = _uniform(pixel_values, 1 - contrast, 1 + contrast, generator)
+    offset = _uniform(pixel_values, -brightness, brightness, generator)
+    return mean + factor * (pixel_values - mean) + offset + _uniform(pixel_values, -tint, tint, generator, channels=3)
+
+
+def random_noise(pixel_values: Tensor, max_std: float = 0.1, generator: torch.Generator | None = None) -> Tensor:
+    """Adds Gaussian noise of a standard deviation drawn for each image from [0, max_std)."""
+    noise = torch.randn(pixel_values.shape, generator=generator, device=pixel_values.device, dtype=pixel_values.dtype)
+    return pixel_values + _uniform(pixel_values, 0, max_std, generator) * noise
+
+
+def augment(pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Flips, shifts, blurs or sharpens, relights and roughens images in [-1, 1] and cuts the result to [-1, 1]."""
+    pixel_values = random_shift(random_flip(pixel_values, generator), generator=generator)
+    pixel_values = random_light(random_blur(pixel_values, generator=generator), generator=generator)
+    return random_noise(pixel_values, generator=generator).clamp(-1, 1)

@@ -1,0 +1,516 @@
+import copy
+import inspect
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+from iclevr_diffusion.card import describe_training, render_card
+from iclevr_diffusion.models.classifier import LabelClassifier
+from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+from iclevr_diffusion.models.unet_multilabel import MultiLabelUNet2DModel
+from iclevr_diffusion.pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline
+
+DEFAULT_PIPELINE = "conditional-ddpm-tiny-rendered"
+DEFAULT_JUDGE = "judge-small-rendered"
+
+# What a folder may ask for by name; beside these only diffusers' own schedulers.
+PIPELINE_CLASSES = (ConditionalDDPMPipeline,)
+MODEL_CLASSES = (MultiLabelUNet2DModel,)
+JUDGE_CLASSES = (LabelClassifier, SmallLabelClassifier)
+
+EXPORT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# What the numbers of a published folder's card come from; it may lack either.
+RECORDS = ("results.json", "training.json")
+
+
+def shipped_folder(name: str) -> Path:
+    """Finds a model that comes with the package, in the installed package or in a clone of the repository.
+
+    Raises:
+        ValueError: If no model of this name comes with the package.
+    """
+    package = Path(__file__).parent
+    roots = [package / "shipped", package.parent / "pipelines"]
+    shipped = {path.parent.name: path.parent for root in roots for path in sorted(root.glob("*/README.md"))}
+    if name not in shipped:
+        raise ValueError(
+            f"No model named {name!r} comes with this package; there are {', '.join(sorted(shipped)) or 'none'}. A model"
+            " of your own is given by its folder, a model of a hub by `owner/name`."
+        )
+    return shipped[name]
+
+
+def load_pipeline(
+    path_or_repo: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> ConditionalDDPMPipeline:
+    """Opens a pipeline from a training folder, a published folder or a hub, without running any code that lies there.
+
+    The pipeline is built from this package's own classes; the folder only gives their configurations and safetensors.
+
+    Args:
+        path_or_repo: A folder, a hub's `owner/name`, or the name of a model that comes with the package; the package's
+            default model if not given.
+        revision: Branch, tag or commit of a hub's model.
+        device: Where to put the weights; the CPU if not given.
+        dtype: What to turn the weights into; float32 if not given, whatever they are stored as.
+
+    Raises:
+        ValueError: If there is no such model, or the folder is not whole, holds pickled weights, or asks for a class
+            that is not this package's.
+    """
+    folder = _find_folder(path_or_repo, revision)
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise ValueError(
+            f"{folder} must be a pipeline's folder with a model_index.json, and there is none"
+            f"{'; a judge is opened by `load_judge`' if (folder / 'config.json').is_file() else ''}."
+        )
+    index = _read_json(index_file)
+    pipeline_class = _class_named(_class_name(index.get("_class_name")), PIPELINE_CLASSES, index_file)
+    parameters = inspect.signature(pipeline_class).parameters
+    arguments = {name: value for name, value in index.items() if not name.startswith("_")}
+    if unknown := sorted(set(arguments) - set(parameters)):
+        raise ValueError(
+            f"{index_file} must hold arguments of {pipeline_class.__name__} ({', '.join(parameters)}), got"
+            f" {', '.join(unknown)} besides; if a newer version of this package wrote it, upgrade."
+        )
+    for name in [name for name, parameter in parameters.items() if parameter.default is parameter.empty]:
+        if name not in arguments:
+            raise ValueError(f"{index_file} must say of which class {name!r} is, and does not name it.")
+        class_name = _class_name(arguments[name])
+        arguments[name] = _load_component(folder / name, class_name, index_file, dtype or torch.float32)
+    pipeline = pipeline_class(**arguments)
+    pipeline.register_to_config(_name_or_path=str(path_or_repo or DEFAULT_PIPELINE))
+    return pipeline if device is None else pipeline.to(device)
+
+
+def export_pipeline(
+    pipeline: ConditionalDDPMPipeline,
+    folder: str | Path,
+    *,
+    facts: str | Path | Mapping[str, Any] | None = None,
+    training: str | Path | None = None,
+    dtype: torch.dtype = torch.float16,
+    max_shard_size: str | int = "16MB",
+) -> Path:
+    """Writes a pipeline as it would lie on a hub: weights, configurations, the source of its classes and a model card.
+
+    People who have this package open the folder with `load_pipeline`, which does not run the source; others with
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. The folder is written whole or not at all.
+    Scores are those of the published weights, so they come after: evaluate the folder, then call
+    `write_card(folder, facts, results=...)`.
+
+    Args:
+        pipeline: A pipeline of this package's classes; it stays as it is.
+        folder: Where to write; an earlier export there is replaced, anything else refused.
+        facts: The words of the card, as `write_card` takes them.
+        training: Output folder of the training run, as `write_card` takes it.
+        dtype: What to store the weights as.
+        max_shard_size: Weights larger than this are split, so that each file stays below it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the pipeline or a component is not of this package's classes, a weight does not fit `dtype`, or
+            `folder` holds something else.
+    """
+    if type(pipeline) not in PIPELINE_CLASSES:
+        raise ValueError(
+            f"`pipeline` must be a {_names(PIPELINE_CLASSES)} of this package, got {_full_name(pipeline)}; open the"
+            " folder it came from with `load_pipeline`."
+        )
+    folder = Path(folder).expanduser().absolute()
+    with _replacing(folder) as staging:
+        pipeline.save_config(staging)
+        index_file = staging / "model_index.json"
+        index = _read_json(index_file)
+        source = Path(inspect.getfile(type(pipeline)))
+        index["_class_name"] = ["pipeline", type(pipeline).__name__]
+        index.pop("_name_or_path", None)  # where the author had it is not published
+        shutil.copyfile(source, staging / "pipeline.py")
+        for sibling in get_relative_imports(source):
+            shutil.copyfile(source.with_name(f"{sibling}.py"), staging / f"{sibling}.py")
+
+        for name, component in pipeline.components.items():
+            component = getattr(component, "_orig_mod", component)  # what torch.compile has wrapped
+            if type(component) in MODEL_CLASSES:
+                source = Path(inspect.getfile(type(component)))
+                index[name] = [source.stem, type(component).__name__]
+                _save_model(component, staging / name, dtype, max_shard_size)
+                shutil.copyfile(source, staging / name / source.name)
+            elif type(component) is _scheduler_class(type(component).__name__):
+                index[name] = ["diffusers", type(component).__name__]
+                component.save_pretrained(staging / name)
+            else:
+                raise ValueError(
+                    f"`pipeline.{name}` must be a {_names(MODEL_CLASSES)} of this package or a scheduler of diffusers,"
+                    f" got {_full_name(component)}; unwrap it, or open the folder it came from with `load_pipeline`."
+                )
+        _write_json(index_file, index)
+        _write_card(staging, folder.name, facts, training)
+    return folder
+
+
+def export_judge(
+    judge: LabelClassifier | SmallLabelClassifier,
+    folder: str | Path,
+    *,
+    facts: str | Path | Mapping[str, Any] | None = None,
+    training: str | Path | None = None,
+    dtype: torch.dtype = torch.float16,
+    max_shard_size: str | int = "16MB",
+) -> Path:
+    """Writes a judge as it would lie on a hub: weights, configuration and a model card; `load_judge` opens it.
+
+    Arguments, result and refusals are those of `export_pipeline`.
+    """
+    judge = getattr(judge, "_orig_mod", judge)
+    if type(judge) not in JUDGE_CLASSES:
+        raise ValueError(f"`judge` must be a {_names(JUDGE_CLASSES)} of this package, got {_full_name(judge)}.")
+    folder = Path(folder).expanduser().absolute()
+    with _replacing(folder) as staging:
+        _save_model(judge, staging, dtype, max_shard_size)
+        _write_card(staging, folder.name, facts, training)
+    return folder
+
+
+def published_files(folder: str | Path) -> list[str]:
+    """Lists the files that make up a published folder, relative to it: these and no others are uploaded.
+
+    The list follows from the configurations, so that a stray file, even one among the weights, is not on it.
+
+    Raises:
+        ValueError: If `folder` is no published folder, or one of its files is missing.
+    """
+    folder = Path(folder)
+    if (folder / "model_index.json").is_file():
+        index = _read_json(folder / "model_index.json")
+        if not isinstance(index.get("_class_name"), list):
+            raise ValueError(
+                f"{folder} must be a folder that `export_pipeline` wrote, got a training folder; open it with"
+                " `load_pipeline` and export the pipeline."
+            )
+        files = ["model_index.json", "pipeline.py"]
+        if (folder / "pipeline.py").is_file():
+            files += [f"{sibling}.py" for sibling in get_relative_imports(folder / "pipeline.py")]
+        for name, value in index.items():
+            if name.startswith("_") or not isinstance(value, list):
+                continue
+            if value[0] == "diffusers":
+                files.append(f"{name}/scheduler_config.json")
+            else:
+                files += [f"{name}/{file}" for file in (f"{value[0]}.py", "config.json", *_weights(folder / name))]
+    elif (folder / "config.json").is_file():
+        files = ["config.json", *_weights(folder)]
+    else:
+        raise ValueError(f"{folder} must be a folder that `export_pipeline` or `export_judge` wrote, and is none.")
+    files += ["README.md", *(file for file in RECORDS if (folder / file).is_file())]
+    if missing := [file for file in files if not (folder / file).is_file() or (folder / file).is_symlink()]:
+        raise ValueError(f"{folder} must be whole, but lacks {', '.join(missing)}; export the model again.")
+    return sorted(files)
+
+
+def write_card(
+    folder: str | Path,
+    facts: str | Path | Mapping[str, Any] | None = None,
+    *,
+    results: str | Path | None = None,
+    training: str | Path | None = None,
+) -> Path:
+    """Writes the model card of a published folder anew, with the scores and the training run it is given.
+
+    All numbers come from files that are published beside the card: the weights, `results.json` and `training.json`.
+
+    Args:
+        folder: A folder that `export_pipeline` or `export_judge` wrote.
+        facts: The words of the card: a YAML file or mapping with the fields of `iclevr_diffusion.card.Facts`.
+        results: A `results.json` of `iclevr-evaluate` on this folder, for a judge one in which it judged held-out
+            images; an earlier one stays if not given.
+        training: Output folder of the training run, of which recipe, machine and duration are kept; an earlier record
+            stays if not given.
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: If the results are of other weights, or a file is not of the right form.
+    """
+    folder = Path(folder).expanduser().absolute()
+    published_files(folder)
+    if results is not None:
+        _write_json(folder / "results.json", _scores_of(folder, Path(results)))
+    _write_card(folder, folder.name, facts, training)
+    return folder / "README.md"
+
+
+def push_to_hub(
+    pipeline: ConditionalDDPMPipeline | LabelClassifier | SmallLabelClassifier | str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    dry_run: bool = False,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> CommitInfo | dict[str, int]:
+    """Uploads a published folder to a hub in one commit: exactly the files of `published_files`.
+
+    Weights and records of an earlier upload that the model no longer has are removed from the repository by the same
+    commit; other files there stay. `HF_ENDPOINT` says which hub it is.
+
+    Args:
+        pipeline: The folder that `export_pipeline` or `export_judge` wrote, with its scores on the card; or a pipeline
+            or judge, which is exported first, with a card without scores.
+        repo_id: The repository, `owner/name`; it is made if it does not exist.
+        private: Whether a repository that is made is private. One that exists stays as it is.
+        dry_run: Whether to list the files and their sizes instead, without any connection.
+        token: Access token; the one of `hf auth login` if not given.
+        revision: Branch to commit to, made if it does not exist; `main` if not given.
+        commit_message: First line of the commit.
+
+    Returns:
+        The commit, or for a dry run the sizes of the files in bytes by name, which it also prints.
+
+    Raises:
+        ValueError: If the model cannot be exported, or the folder is no published folder.
+    """
+    if not isinstance(pipeline, (str, Path)):
+        with tempfile.TemporaryDirectory() as temporary:
+            export = export_judge if type(pipeline) in JUDGE_CLASSES else export_pipeline
+            folder = export(pipeline, Path(temporary) / repo_id.split("/")[-1])
+            return push_to_hub(
+                folder,
+                repo_id,
+                private=private,
+                dry_run=dry_run,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+            )
+    folder = Path(pipeline).expanduser().absolute()
+    sizes = {file: (folder / file).stat().st_size for file in published_files(folder)}
+    if dry_run:
+        print(f"To {repo_id}, {sum(sizes.values()):,} bytes in {len(sizes)} files:")
+        for file, size in sizes.items():
+            print(f"{size:>12,}  {file}")
+        return sizes
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    weights = re.compile(r"(\w+/)?diffusion_pytorch_model[\w.-]*\.(safetensors|json)")
+    present = api.list_repo_files(repo_id, revision=revision)
+    stale = [file for file in present if file not in sizes and (weights.fullmatch(file) or file in RECORDS)]
+    return api.create_commit(
+        repo_id,
+        [CommitOperationAdd(file, folder / file) for file in sizes] + [CommitOperationDelete(file) for file in stale],
+        commit_message=commit_message or f"Upload {folder.name}",
+        revision=revision,
+    )
+
+
+def _find_folder(path_or_repo: str | Path | None, revision: str | None) -> Path:
+    local = None if path_or_repo is None else Path(path_or_repo).expanduser()
+    is_repo = isinstance(path_or_repo, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_repo) is not None
+    if revision is not None and (not is_repo or local.is_dir()):
+        raise ValueError(f"`revision` must be left out for a model on this machine, got {revision!r}.")
+    if local is None:
+        return shipped_folder(DEFAULT_PIPELINE)
+    if local.is_dir():
+        return local
+    if not is_repo:
+        if isinstance(path_or_repo, str) and re.fullmatch(r"\w[\w.-]*", path_or_repo):
+            return shipped_folder(path_or_repo)
+        raise ValueError(f"`path_or_repo` must be a folder or a hub's `owner/name`; there is no folder {local}.")
+    try:  # the patterns keep source code and pickled weights from being fetched at all
+        return Path(snapshot_download(path_or_repo, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"`path_or_repo` must be a folder or a hub's `owner/name`; there is no folder {path_or_repo}, and the hub"
+            f" does not give a model of this name{f' at revision {revision}' if revision else ''}: {error}"
+        ) from error
+
+
+def _load_component(
+    folder: Path, class_name: str, index_file: Path, dtype: torch.dtype
+) -> MultiLabelUNet2DModel | SchedulerMixin:
+    scheduler_class = _scheduler_class(class_name)
+    if scheduler_class is not None:
+        return scheduler_class.from_pretrained(folder)
+    model_class = _class_named(class_name, MODEL_CLASSES, index_file, "a scheduler of diffusers")
+    _weights(folder)
+    model, loading = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    if wrong := sorted([*loading["missing_keys"], *loading["unexpected_keys"]]):
+        raise ValueError(
+            f"The weights in {folder} must be those of its config.json, but {len(wrong)} tensors are missing or too"
+            f" many: {', '.join(wrong[:5])}."
+        )
+    return torch.nn.Module.to(model, dtype)  # that of diffusers warns of float32 modules, even if there are none
+
+
+def _weights(folder: Path) -> list[str]:
+    """Lists the weight files of a model's folder, with the index of those that are split."""
+    index_file = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index_file.is_file():
+        shards = sorted(set(_read_json(index_file)["weight_map"].values()))
+        if foreign := [name for name in shards if not re.fullmatch(r"[\w.-]+\.safetensors", name)]:
+            raise ValueError(f"{index_file} must name safetensors files beside it, got {', '.join(foreign)}.")
+        files = [*shards, index_file.name]
+    else:
+        files = [SAFETENSORS_WEIGHTS_NAME]
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        pickled = sorted(path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{suffix}"))
+        raise ValueError(
+            f"{folder} must hold its weights as safetensors, but {', '.join(missing)} is missing"
+            + (f"; pickled weights can run code and are not read: {', '.join(pickled)}." if pickled else ".")
+        )
+    return files
+
+
+def _class_name(entry: Any) -> str:  # noqa: ANN401 -- whatever a model_index.json holds
+    """Reads the name of a class, alone or after that of its module."""
+    return str(entry[-1] if isinstance(entry, list) and entry else entry)
+
+
+def _class_named(name: str, classes: tuple[type, ...], file: Path, besides: str = "") -> type:
+    for known in classes:
+        if known.__name__ == name:
+            return known
+    raise ValueError(
+        f"{file} asks for the class {name!r}; this package builds {_names(classes)}{f' or {besides}' if besides else ''}."
+    )
+
+
+def _scheduler_class(name: str) -> type[SchedulerMixin] | None:
+    return getattr(diffusers.schedulers, name, None) if name.endswith("Scheduler") else None
+
+
+def _save_model(model: ModelMixin, folder: Path, dtype: torch.dtype, max_shard_size: str | int) -> None:
+    if dtype not in EXPORT_DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(map(str, EXPORT_DTYPES))}, got {dtype}.")
+    model = torch.nn.Module.to(copy.deepcopy(model), "cpu", dtype)
+    for name, value in model.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"{name!r} holds values that {dtype} cannot; export with dtype=torch.bfloat16 or float32."
+            )
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    config = _read_json(folder / "config.json")
+    config.pop("_name_or_path", None)  # where the author had it is not published
+    _write_json(folder / "config.json", config)
+
+
+def _write_card(
+    folder: Path, name: str, facts: str | Path | Mapping[str, Any] | None, training: str | Path | None
+) -> None:
+    if training is not None:
+        _write_json(folder / "training.json", describe_training(training))
+    (folder / "README.md").write_text(render_card(folder, facts, name=name), encoding="utf-8")
+
+
+def _scores_of(folder: Path, file: Path) -> dict[str, Any]:
+    """Reads the scores of a published model, and refuses those of other weights, such as those its own round."""
+    from iclevr_diffusion.evaluation import load_judge, weights_sha256  # here, as it is slow to import
+
+    results = _read_json(file)
+    try:
+        settings, held_out = results["settings"], results["held_out_images"]
+        if (folder / "model_index.json").is_file():
+            weights = weights_sha256(load_pipeline(folder, dtype=getattr(torch, settings["dtype"])).unet)
+            if settings["pipeline"]["weights_sha256"] == weights:
+                return {**results, "pipeline": folder.name}  # as evaluated it may be a path
+        else:
+            weights = weights_sha256(load_judge(folder).float())
+            names = [name for name, judge in settings["judges"].items() if judge["weights_sha256"] == weights]
+            if names and "missing" in held_out:
+                raise ValueError(
+                    f"{file} must say how the judge reads held-out images, but has none: {held_out['missing']}."
+                )
+            if names:
+                return {
+                    "schema_version": results["schema_version"],
+                    "settings": {"judges": {names[0]: settings["judges"][names[0]]}},
+                    "held_out_images": {"data_sha256": held_out["data_sha256"], names[0]: held_out[names[0]]},
+                    "environment": results["environment"],
+                }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} must be a results.json of `iclevr-evaluate`, got none of its form: {error}."
+        ) from error
+    raise ValueError(
+        f"{file} must hold scores of the weights in {folder}, got scores of others; run `iclevr-evaluate` with this folder."
+    )
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write to, which takes the place of `folder` once the block has ended well."""
+    if folder.is_symlink() or folder.is_file():
+        raise ValueError(f"`folder` must be a folder or nothing yet, got the file or link {folder}.")
+    if folder.is_dir() and any(folder.iterdir()):
+        present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        try:
+            strange = present - set(published_files(folder))
+        except ValueError as error:
+            raise ValueError(f"`folder` must be empty or an earlier export: {error} Choose another folder.") from error
+        if strange:
+            raise ValueError(
+                f"`folder` must be empty or an earlier export, but {folder} also holds"
+                f" {', '.join(sorted(strange)[:5])}; move this away or choose another folder."
+            )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        staging, previous = Path(temporary) / "new", Path(temporary) / "previous"
+        staging.mkdir()
+        yield staging
+        if folder.exists():
+            os.replace(folder, previous)
+        try:
+            os.replace(staging, folder)
+        except OSError:
+            if previous.exists():
+                os.replace(previous, folder)
+            raise
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} must be JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _names(classes: tuple[type, ...]) -> str:
+    return " or ".join(known.__name__ for known in classes)
+
+
+def _full_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,0 +1,587 @@
+import copy
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from loopback_hub import TOKEN, LoopbackHub
+from safetensors.torch import load_file
+
+from iclevr_diffusion import ConditionalDDPMPipeline, MultiLabelUNet2DModel
+from iclevr_diffusion.card import describe_training, render_card, render_index
+from iclevr_diffusion.evaluation import Evaluator, load_judge
+from iclevr_diffusion.hub import (
+    export_judge,
+    export_pipeline,
+    load_pipeline,
+    published_files,
+    push_to_hub,
+    shipped_folder,
+    write_card,
+)
+from iclevr_diffusion.models import unet_multilabel
+from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+from iclevr_diffusion.pipelines import label_vocabulary, pipeline_conditional_ddpm
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NAMES = ["red cube", "blue sphere", "gray cylinder"]
+FACTS = {"title": "A model of a test", "limits": "It draws noise.", "license": "apache-2.0", "tags": ["noise"]}
+
+
+def make_pipeline(seed: int = 0) -> ConditionalDDPMPipeline:
+    torch.manual_seed(seed)
+    unet = MultiLabelUNet2DModel(
+        num_classes=3,
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        attention_head_dim=8,
+        null_condition=True,
+    )
+    unet.set_data_statistics(torch.rand(3, 16, 16) - 0.5, 0.07)
+    torch.nn.init.normal_(unet.null_embedding)
+    return ConditionalDDPMPipeline(unet.eval(), DDPMScheduler(clip_sample=False), label_names=NAMES)
+
+
+def make_judge() -> SmallLabelClassifier:
+    torch.manual_seed(0)
+    return SmallLabelClassifier(3, 16, label_names=NAMES, block_out_channels=(4, 8)).eval()
+
+
+def draw(pipeline: ConditionalDDPMPipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    labels = [["red cube", "gray cylinder"], ["blue sphere"]]
+    return pipeline(labels, seeds=[3, 4], num_inference_steps=2, output_type="np").images
+
+
+def in_half_precision(pipeline: ConditionalDDPMPipeline) -> ConditionalDDPMPipeline:
+    unet = copy.deepcopy(pipeline.unet).half().float()
+    return ConditionalDDPMPipeline(unet, pipeline.scheduler, label_names=NAMES)
+
+
+@pytest.fixture
+def pipeline() -> ConditionalDDPMPipeline:
+    return make_pipeline()
+
+
+@pytest.fixture
+def exported(pipeline: ConditionalDDPMPipeline, tmp_path: Path) -> Path:
+    return export_pipeline(pipeline, tmp_path / "exported", facts=FACTS)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A hub on this machine, which the client of this process takes for the real one."""
+    with LoopbackHub() as server:
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_published_folder_holds_weights_code_and_card_and_nothing_else(exported: Path) -> None:
+    present = sorted(path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file())
+    assert present == published_files(exported)
+    assert present == [
+        "README.md",
+        "label_vocabulary.py",
+        "model_index.json",
+        "pipeline.py",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/unet_multilabel.py",
+    ]
+    for published, module in {
+        "pipeline.py": pipeline_conditional_ddpm,
+        "label_vocabulary.py": label_vocabulary,
+        "unet/unet_multilabel.py": unet_multilabel,
+    }.items():
+        assert (exported / published).read_bytes() == Path(inspect.getfile(module)).read_bytes()
+    weights = load_file(exported / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+
+
+def test_an_exported_pipeline_draws_what_the_rounded_weights_draw(
+    pipeline: ConditionalDDPMPipeline, exported: Path
+) -> None:
+    before = draw(pipeline)
+    loaded = load_pipeline(exported)
+    assert type(loaded) is ConditionalDDPMPipeline and loaded.unet.dtype == torch.float32
+    np.testing.assert_array_equal(draw(loaded), draw(in_half_precision(pipeline)))
+    assert pipeline.unet.dtype == torch.float32
+    np.testing.assert_array_equal(draw(pipeline), before)
+
+
+def test_a_training_folder_opens_exactly_as_it_was_saved(pipeline: ConditionalDDPMPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    np.testing.assert_array_equal(draw(load_pipeline(tmp_path / "pipeline")), draw(pipeline))
+
+
+def test_dtype_and_scheduler_are_those_asked_for_and_saved(pipeline: ConditionalDDPMPipeline, tmp_path: Path) -> None:
+    pipeline.scheduler = DDIMScheduler(num_train_timesteps=500, clip_sample=False)
+    loaded = load_pipeline(export_pipeline(pipeline, tmp_path / "exported"), dtype=torch.bfloat16, device="cpu")
+    assert loaded.unet.dtype == torch.bfloat16
+    assert type(loaded.scheduler) is DDIMScheduler and loaded.scheduler.config.num_train_timesteps == 500
+
+
+def test_split_weights_stay_below_the_size_and_give_the_same_image(
+    pipeline: ConditionalDDPMPipeline, exported: Path, tmp_path: Path
+) -> None:
+    split = export_pipeline(pipeline, tmp_path / "split", max_shard_size="20KB")
+    shards = [file for file in published_files(split) if file.endswith(".safetensors")]
+    assert len(shards) > 1 and "unet/diffusion_pytorch_model.safetensors.index.json" in published_files(split)
+    np.testing.assert_array_equal(draw(load_pipeline(split)), draw(load_pipeline(exported)))
+
+
+def test_a_compiled_network_is_exported_as_the_network_it_wraps(
+    pipeline: ConditionalDDPMPipeline, exported: Path, tmp_path: Path
+) -> None:
+    pipeline.unet = torch.compile(pipeline.unet)
+    compiled = export_pipeline(pipeline, tmp_path / "compiled", facts=FACTS)
+    for file in published_files(exported):
+        if file != "README.md":
+            assert (compiled / file).read_bytes() == (exported / file).read_bytes(), file
+
+
+def test_loading_never_runs_the_code_of_the_folder(exported: Path) -> None:
+    for path in exported.rglob("*.py"):
+        path.write_text("raise SystemExit('this code was run')")
+    draw(load_pipeline(exported))
+
+
+def test_a_published_folder_does_not_say_where_it_was_made(exported: Path, tmp_path: Path) -> None:
+    again = export_pipeline(load_pipeline(exported), tmp_path / "again")
+    for path in again.rglob("*"):
+        assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda folder: (folder / "model_index.json").unlink(),
+            r"must be a pipeline's folder with a model_index.json",
+        ),
+        (lambda folder: (folder / "model_index.json").write_text("{"), r"model_index.json must be JSON"),
+        (
+            lambda folder: edit_json(folder / "model_index.json", _class_name="EvilPipeline"),
+            r"asks for the class 'EvilPipeline'; this package builds ConditionalDDPMPipeline\.",
+        ),
+        (
+            lambda folder: edit_json(folder / "model_index.json", unet=["os", "system"]),
+            r"asks for the class 'system'; this package builds MultiLabelUNet2DModel or a scheduler of diffusers",
+        ),
+        (
+            lambda folder: edit_json(folder / "model_index.json", scheduler=["evil", "EvilScheduler"]),
+            r"asks for the class 'EvilScheduler'",
+        ),
+        (
+            lambda folder: edit_json(folder / "model_index.json", safety_checker=["a", "B"]),
+            r"got safety_checker besides",
+        ),
+        (
+            lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
+            r"diffusion_pytorch_model.safetensors is missing\.",
+        ),
+        (
+            lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
+                folder / "unet" / "diffusion_pytorch_model.bin"
+            ),
+            r"pickled weights can run code and are not read: diffusion_pytorch_model.bin",
+        ),
+        (
+            lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "../evil.bin"}}'
+            ),
+            r"must name safetensors files beside it, got \.\./evil\.bin",
+        ),
+        (
+            lambda folder: edit_json(folder / "unet" / "config.json", null_condition=False),
+            r"1 tensors are missing or too many: null_embedding",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_right_is_refused_with_the_reason(
+    exported: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    spoil(exported)
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(exported)
+
+
+def test_what_is_neither_folder_nor_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no folder"):
+        load_pipeline(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="No model named 'nothing' comes with this package"):
+        load_pipeline("nothing")
+    with pytest.raises(ValueError, match="the hub does not give a model of this name"):
+        load_pipeline("nobody/nothing")
+    with pytest.raises(ValueError, match="`revision` must be left out"):
+        load_pipeline(tmp_path, revision="main")
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(
+    pipeline: ConditionalDDPMPipeline, exported: Path, tmp_path: Path
+) -> None:
+    export_pipeline(pipeline, exported, max_shard_size="20KB")
+    assert not (exported / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    (exported / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="also holds notes.txt"):
+        export_pipeline(pipeline, exported)
+    pipeline.save_pretrained(tmp_path / "training")
+    with pytest.raises(ValueError, match="must be empty or an earlier export.*training folder"):
+        export_pipeline(pipeline, tmp_path / "training")
+    assert draw(pipeline.from_pretrained(tmp_path / "training")) is not None
+
+
+def test_an_export_that_fails_leaves_the_earlier_one_and_no_rest(
+    pipeline: ConditionalDDPMPipeline, exported: Path
+) -> None:
+    before = {file: (exported / file).read_bytes() for file in published_files(exported)}
+    with torch.no_grad():
+        pipeline.unet.class_embedding.bias[0] = 1e6
+    with pytest.raises(ValueError, match=r"class_embedding\.bias.*export with dtype=torch\.bfloat16 or float32"):
+        export_pipeline(pipeline, exported)
+    assert {file: (exported / file).read_bytes() for file in published_files(exported)} == before
+    assert [path.name for path in exported.parent.iterdir()] == ["exported"]
+    export_pipeline(pipeline, exported, dtype=torch.bfloat16)
+
+
+def test_only_classes_of_this_package_are_exported(pipeline: ConditionalDDPMPipeline, tmp_path: Path) -> None:
+    folder = export_pipeline(pipeline, tmp_path / "exported")
+    remote = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    np.testing.assert_array_equal(draw(remote), draw(load_pipeline(folder)))
+    with pytest.raises(
+        ValueError, match=r"got diffusers_modules\.local\.pipeline\.ConditionalDDPMPipeline; open the folder"
+    ):
+        export_pipeline(remote, tmp_path / "remote")
+    pipeline.unet = remote.unet
+    with pytest.raises(
+        ValueError, match=r"`pipeline\.unet` must be a MultiLabelUNet2DModel of .* got diffusers_modules"
+    ):
+        export_pipeline(pipeline, tmp_path / "stranger")
+    with pytest.raises(ValueError, match="`dtype` must be one of torch.float16"):
+        export_pipeline(make_pipeline(), tmp_path / "integers", dtype=torch.int8)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+STRANGER = """
+import json, sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "iclevr_diffusion":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Without())
+try:
+    import iclevr_diffusion
+    sys.exit("the package is here")
+except ModuleNotFoundError:
+    pass
+
+import numpy, torch
+torch.set_num_threads(1)
+from diffusers import DiffusionPipeline
+
+*sources, out = sys.argv[1:]
+try:
+    DiffusionPipeline.from_pretrained(sources[0])
+    sys.exit("code was run without trust")
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error), error
+pipelines = [DiffusionPipeline.from_pretrained(source, trust_remote_code=True) for source in sources]
+images = []
+for pipeline in pipelines:
+    assert type(pipeline).__module__.startswith("diffusers_modules."), type(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    labels = [["red cube", "gray cylinder"], ["blue sphere"]]
+    images.append(pipeline(labels, seeds=[3, 4], num_inference_steps=2, output_type="np").images)
+numpy.save(out, numpy.stack(images))
+"""
+
+
+@pytest.mark.slow
+def test_people_without_the_package_draw_the_same_images_from_folders_and_a_hub(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
+    first = export_pipeline(make_pipeline(0), tmp_path / "first")
+    second = export_pipeline(make_pipeline(1), tmp_path / "second", max_shard_size="20KB")
+    third = export_pipeline(make_pipeline(2), tmp_path / "third")
+    push_to_hub(third, "me/third")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, str(first), str(second), "me/third", str(tmp_path / "images.npy")],
+        env=environment | {"HF_HOME": str(tmp_path / "home")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stderr
+    images = np.load(tmp_path / "images.npy")
+    for folder, theirs in zip((first, second, third), images, strict=True):
+        np.testing.assert_array_equal(theirs, draw(load_pipeline(folder)))
+    assert not np.array_equal(images[0], images[1])
+
+
+def test_a_push_uploads_the_published_files_alone_and_loading_gives_the_image_back(
+    hub: LoopbackHub, exported: Path
+) -> None:
+    (exported / "checkpoint.pt").write_bytes(b"pickle")
+    (exported / "unet" / "optimizer.safetensors").write_bytes(b"not a model")
+    (exported / ".env").write_text("SECRET=1")
+    commit = push_to_hub(exported, "me/model", commit_message="First words")
+    repository = hub.repositories["me/model"]
+    assert repository.private and repository.messages == ["initial commit", "First words"]
+    assert commit.oid == repository.branches["main"]
+    files = repository.files()
+    assert sorted(files) == [".gitattributes", *published_files(exported)]
+    assert all(files[file] == (exported / file).read_bytes() for file in published_files(exported))
+    assert len(hub.large_files) == 1 and hub.verified == set(hub.large_files)
+
+    hub.requests.clear()
+    np.testing.assert_array_equal(draw(load_pipeline("me/model")), draw(load_pipeline(exported)))
+    fetched = {path for _, path in hub.requests if "/resolve/" in path}
+    assert fetched and all(path.endswith((".json", ".safetensors")) for path in fetched)
+
+
+def test_a_pipeline_or_judge_is_pushed_as_it_would_be_exported(
+    hub: LoopbackHub, pipeline: ConditionalDDPMPipeline, tmp_path: Path
+) -> None:
+    push_to_hub(pipeline, "me/model", private=False)
+    repository = hub.repositories["me/model"]
+    assert not repository.private
+    folder = export_pipeline(pipeline, tmp_path / "model")
+    assert {
+        file: (folder / file).read_bytes() for file in published_files(folder)
+    }.items() <= repository.files().items()
+    push_to_hub(make_judge(), "me/judge")
+    assert {"README.md", "config.json"} < set(hub.repositories["me/judge"].files())
+
+
+def test_the_pipelines_own_method_pushes_the_same_files(
+    hub: LoopbackHub, pipeline: ConditionalDDPMPipeline, exported: Path
+) -> None:
+    sizes = pipeline.push_to_hub("me/model", dry_run=True)
+    assert list(sizes) == published_files(exported) and hub.requests == []
+    pipeline.push_to_hub("me/model")
+    assert hub.repositories["me/model"].private
+    assert sorted(hub.repositories["me/model"].files()) == [".gitattributes", *published_files(exported)]
+
+
+def test_a_later_push_removes_weights_that_the_model_no_longer_has_and_leaves_other_files(
+    hub: LoopbackHub, pipeline: ConditionalDDPMPipeline, exported: Path, tmp_path: Path
+) -> None:
+    push_to_hub(export_pipeline(pipeline, tmp_path / "split", max_shard_size="20KB"), "me/model")
+    repository = hub.repositories["me/model"]
+    repository.files()["samples/grid.png"] = b"a picture of the owner's"
+    push_to_hub(exported, "me/model")
+    assert sorted(repository.files()) == sorted([".gitattributes", "samples/grid.png", *published_files(exported)])
+
+
+def test_a_push_to_a_branch_is_opened_by_its_revision(
+    hub: LoopbackHub, pipeline: ConditionalDDPMPipeline, exported: Path, tmp_path: Path
+) -> None:
+    commit = push_to_hub(exported, "me/model")
+    push_to_hub(export_pipeline(make_pipeline(1), tmp_path / "other"), "me/model", revision="other")
+    np.testing.assert_array_equal(
+        draw(load_pipeline("me/model", revision="other")), draw(load_pipeline(tmp_path / "other"))
+    )
+    np.testing.assert_array_equal(draw(load_pipeline("me/model", revision=commit.oid)), draw(load_pipeline(exported)))
+    with pytest.raises(ValueError, match="at revision missing"):
+        load_pipeline("me/model", revision="missing")
+
+
+def test_a_dry_run_lists_files_and_sizes_without_a_connection(
+    hub: LoopbackHub, pipeline: ConditionalDDPMPipeline, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = push_to_hub(exported, "me/model", dry_run=True)
+    assert sizes == {file: (exported / file).stat().st_size for file in published_files(exported)}
+    assert list(push_to_hub(pipeline, "me/model", dry_run=True)) == list(sizes)
+    assert "unet/diffusion_pytorch_model.safetensors" in capsys.readouterr().out
+    assert hub.requests == []
+
+
+def test_a_training_folder_is_not_pushed(pipeline: ConditionalDDPMPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(ValueError, match="got a training folder; open it with `load_pipeline` and export"):
+        push_to_hub(tmp_path / "pipeline", "me/model")
+    with pytest.raises(ValueError, match="must be a folder that `export_pipeline` or `export_judge` wrote"):
+        push_to_hub(tmp_path, "me/model")
+
+
+def test_a_folder_that_lacks_a_file_or_has_a_link_in_its_place_is_not_pushed(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (exported / "README.md").unlink()
+    (exported / "README.md").symlink_to(tmp_path / "secret")
+    (exported / "unet" / "unet_multilabel.py").unlink()
+    with pytest.raises(ValueError, match=r"lacks unet/unet_multilabel\.py, README\.md"):
+        push_to_hub(exported, "me/model", dry_run=True)
+
+
+def test_an_exported_judge_reads_images_as_its_rounded_weights_do(tmp_path: Path) -> None:
+    judge = make_judge()
+    folder = export_judge(judge, tmp_path / "judge", facts=FACTS)
+    assert published_files(folder) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
+    pixel_values = torch.rand(2, 3, 16, 16) * 2 - 1
+    expected = copy.deepcopy(judge).half().float()(pixel_values).logits
+    torch.testing.assert_close(load_judge(folder)(pixel_values).logits, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="a judge is opened by `load_judge`"):
+        load_pipeline(folder)
+    with pytest.raises(ValueError, match="`judge` must be a LabelClassifier or SmallLabelClassifier"):
+        export_judge(torch.nn.Linear(1, 1), tmp_path / "linear")
+
+
+def test_a_card_carries_the_measured_numbers_of_exactly_these_weights(exported: Path, tmp_path: Path) -> None:
+    judge = export_judge(make_judge(), tmp_path / "judge")
+    store = SimpleNamespace(
+        vocabulary=load_pipeline(exported).vocabulary,
+        sha256="0123456789abcdef",
+        indices=lambda split: np.arange(4),
+        pixel_values=np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), dtype=np.uint8),
+        class_labels=np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 1, 1]], dtype=np.uint8),
+    )
+    lists = {"some": [["red cube"], ["blue sphere", "gray cylinder"]]}
+    evaluator = Evaluator(
+        load_pipeline(exported),
+        {"small": load_judge(judge)},
+        lists,
+        tmp_path / "evaluation",
+        num_seeds=2,
+        num_inference_steps=2,
+        pipeline_name=str(exported),
+    )
+    evaluator.pipeline.set_progress_bar_config(disable=True)
+    results = evaluator.run(store)
+    results_file = tmp_path / "evaluation" / "results.json"
+
+    assert "Not measured yet." in (exported / "README.md").read_text()
+    card = huggingface_hub.ModelCard(write_card(exported, FACTS, results=results_file).read_text())
+    score = results["scores"]["small"]["lists"]["some"]
+    assert f"| some | small | 4 | {score['top_k']['value']:.3f} |" in card.text
+    assert card.data.eval_results[0].metric_value == round(score["top_k"]["value"], 4)
+    assert card.data.license == "apache-2.0" and "noise" in card.data.tags
+    assert f"| {score['top_k']['value']:.3f} |" in render_index(tmp_path)
+    assert "results.json" in published_files(exported)
+    assert str(tmp_path) not in (exported / "results.json").read_text()
+
+    read = write_card(judge, FACTS, results=results_file).read_text()
+    own = results["held_out_images"]["small"]
+    assert f"| held-out images | 4 | {own['top_k']:.3f} | {own['exact_match']:.3f} |" in read
+    assert "scores" not in json.loads((judge / "results.json").read_text())
+
+    other = export_pipeline(make_pipeline(1), tmp_path / "other")
+    with pytest.raises(ValueError, match="got scores of others; run `iclevr-evaluate` with this folder"):
+        write_card(other, results=results_file)
+    with pytest.raises(ValueError, match="must be a results.json of `iclevr-evaluate`"):
+        write_card(other, results=exported / "model_index.json")
+    assert not (other / "results.json").exists()
+
+
+def test_a_card_tells_recipe_machine_and_duration_of_the_run_but_no_path(
+    pipeline: ConditionalDDPMPipeline, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = {"batch_size": 8, "gradient_accumulation_steps": 2, "data": ["/mnt/me/scenes"], "learning_rate": 1e-3}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    launch = {
+        "command": ["/mnt/me/python"],
+        "device": "cpu",
+        "num_processes": 2,
+        "cpu_count": 4,
+        "torch_threads": 1,
+        "versions": {"torch": "2.13.0", "diffusers": "0.42.1"},
+        "git_commit": "abc",
+    }
+    (run / "environment.json").write_text(json.dumps([launch]))
+    lines = [{"step": 100, "images_per_second": 32.0}, {"step": 150, "images_per_second": 16.0}]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    summary = describe_training(run)
+    assert (summary["num_steps"], summary["num_images"], summary["seconds"]) == (150, 4800, 200.0)
+
+    folder = export_pipeline(pipeline, tmp_path / "exported", training=run)
+    card = (folder / "README.md").read_text()
+    assert "150 steps, 4,800 images seen, 3 minutes" in card and "learning_rate: 0.001" in card
+    assert "2 processes with 1 thread of 4 CPU cores, torch 2.13.0, diffusers 0.42.1, commit `abc`." in card
+    assert "training.json" in published_files(folder)
+    assert not any(b"/mnt/me" in (folder / file).read_bytes() for file in published_files(folder))
+    with pytest.raises(
+        ValueError, match="must be the output folder of a training run, but .* lacks config.yaml and metrics.jsonl"
+    ):
+        write_card(folder, training=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"titel": "A"}, "must map some of title, summary,.* to words, got titel"),
+        ({"title": ""}, "`title` must be text"),
+        ({"tags": "noise"}, "`tags` must be a list, got 'noise'"),
+        ({"papers": [{"title": "A"}]}, "each of `papers` must have title, authors, year and url"),
+        ("nothing.yaml", "`facts` must be a readable YAML file, got nothing.yaml"),
+    ],
+)
+def test_facts_of_another_form_are_refused(exported: Path, facts: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_card(exported, facts)
+
+
+@pytest.mark.parametrize(
+    "facts", sorted((REPOSITORY / "model_cards" / "facts").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_facts_of_every_shipped_model_make_a_card_without_a_gap(exported: Path, facts: Path) -> None:
+    card = render_card(exported, facts, name=facts.stem)
+    assert "The author does not" not in card and "{{" not in card and "None" not in card
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((REPOSITORY / "model_cards" / "facts").glob("*.yaml"))])
+def test_a_shipped_model_is_what_an_export_of_this_source_would_be(name: str) -> None:
+    try:
+        folder = shipped_folder(name)
+    except ValueError:
+        pytest.skip(f"{name} has not been trained yet")
+    present = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert present == published_files(folder)
+    assert all((folder / file).stat().st_size <= 16 * 2**20 for file in present)
+    package = REPOSITORY / "iclevr_diffusion"
+    for file in (file for file in present if file.endswith(".py")):
+        sources = {"pipeline.py": package / "pipelines" / "pipeline_conditional_ddpm.py"}
+        source = sources.get(file) or package / ("models" if "/" in file else "pipelines") / Path(file).name
+        assert (folder / file).read_bytes() == source.read_bytes(), file
+    card = render_card(folder, REPOSITORY / "model_cards" / "facts" / f"{name}.yaml", name=name)
+    assert (folder / "README.md").read_text() == card
+    assert "Not measured yet." not in card
+
+
+def test_without_an_argument_the_shipped_pipeline_opens() -> None:
+    try:
+        shipped_folder("conditional-ddpm-tiny-rendered")
+    except ValueError:
+        pytest.skip("the default pipeline has not been trained yet")
+    pipeline = load_pipeline()
+    assert pipeline.name_or_path == "conditional-ddpm-tiny-rendered"
+    assert pipeline([["red cube"]], seeds=[0], num_inference_steps=1).images[0].size == (64, 64)
