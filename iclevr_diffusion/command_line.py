@@ -1,0 +1,54 @@
+"""The flags that `iclevr-sample` and `iclevr-evaluate` share."""
+
+import argparse
+import inspect
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from iclevr_diffusion.hub import DEFAULT_PIPELINE, load_pipeline
+
+
+def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which pipeline draws, and how."""
+    parser.add_argument(
+        "--pipeline", default=None, help=f"folder or hub id; by default {DEFAULT_PIPELINE}, which comes along"
+    )
+    parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
+    parser.add_argument("--num_inference_steps", type=int, default=None, help="steps; by default the pipeline's own")
+    parser.add_argument("--guidance_scale", type=float, default=None, help="1 is off; by default the pipeline's own")
+    parser.add_argument("--scheduler", default=None, help="a scheduler class of diffusers, such as DDIMScheduler")
+    parser.add_argument("--micro_batch_size", type=int, default=64, help="images that go through the network at once")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="type of the weights"
+    )
+    parser.add_argument("--device", default=None, help="such as cpu or cuda; by default the best one there is")
+
+
+def open_pipeline(args: argparse.Namespace, device: str | torch.device | None) -> DiffusionPipeline:
+    """Opens the pipeline that the flags of `add_pipeline_arguments` name, on `device`, with the scheduler they name."""
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    pipeline = load_pipeline(args.pipeline, revision=args.revision, device=device, dtype=dtype)
+    if args.scheduler is not None:
+        pipeline.scheduler = make_scheduler(args.scheduler, pipeline)
+    return pipeline
+
+
+def make_scheduler(name: str, pipeline: DiffusionPipeline) -> diffusers.SchedulerMixin:
+    """Makes the named scheduler of diffusers with the noise schedule of the pipeline's own one."""
+    scheduler_class = getattr(diffusers, name, None)
+    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
+        raise ValueError(f"`scheduler` must name a scheduler class of diffusers such as DDIMScheduler, got {name!r}.")
+    config, overrides = pipeline.scheduler.config, {}
+    accepted = inspect.signature(scheduler_class).parameters
+    if "clip_sample" in accepted:
+        overrides["clip_sample"] = False  # diffusers clips by default; the network's space has no bounds
+    if pipeline.unet.config.prediction_type == "flow" and "use_flow_sigmas" in accepted:
+        # The other solvers know straight paths by these settings.
+        overrides |= {
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": config.get("shift", 1.0),
+        }
+    return scheduler_class.from_config(config, **overrides)

@@ -1,0 +1,97 @@
+"""Pictures of pictures: grids with captions, denoising strips, and PNG files that say how they were drawn."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+
+def make_grid(
+    images: Sequence[Image.Image], captions: Sequence[str] | None = None, *, columns: int = 8, min_width: int = 128
+) -> Image.Image:
+    """Lays images out in rows, each with its caption below it.
+
+    Args:
+        images: Images of one size.
+        captions: One caption an image; a line break in it starts a new line.
+        columns: Images in a row; a last row that is not full ends in white.
+        min_width: Images narrower than this many pixels are enlarged by a whole factor, so that captions fit.
+    """
+    if not images or len({image.size for image in images}) != 1:
+        raise ValueError(
+            "`images` must hold at least one image, all of one size,"
+            f" got sizes {sorted({image.size for image in images})}."
+        )
+    captions = [""] * len(images) if captions is None else captions
+    if len(captions) != len(images):
+        raise ValueError(f"`captions` must hold one caption an image, got {len(captions)} for {len(images)} images.")
+    if columns < 1:
+        raise ValueError(f"`columns` must be at least 1, got {columns}.")
+    width, height = images[0].size
+    scale = -(-min_width // width)
+    font, margin = _font_that_fits(captions, scale * width), 2
+    line_height = sum(font.getmetrics())
+    num_lines = max(len(caption.splitlines()) for caption in captions)
+    caption_top = scale * height + 2 * margin
+    cell_size = (scale * width + 2 * margin, caption_top + num_lines * line_height + 2 * margin)
+
+    cells = []
+    for image, caption in zip(images, captions, strict=True):
+        cell = Image.new("RGB", cell_size, "white")
+        enlarged = image.convert("RGB").resize((scale * width, scale * height), Image.Resampling.NEAREST)
+        cell.paste(enlarged, (margin, margin))
+        draw = ImageDraw.Draw(cell)
+        for line, text in enumerate(caption.splitlines()):
+            draw.text((cell.width / 2, caption_top + line * line_height), text, "black", font, anchor="ma")
+        cells.append(cell)
+    columns = min(columns, len(cells))
+    rows = -(-len(cells) // columns)
+    cells += [Image.new("RGB", cells[0].size, "white")] * (rows * columns - len(cells))
+    return make_image_grid(cells, rows=rows, cols=columns)
+
+
+def _font_that_fits(
+    captions: Sequence[str], width: int, largest: int = 14, smallest: int = 9
+) -> ImageFont.FreeTypeFont:
+    lines = [line for caption in captions for line in caption.splitlines()]
+    for size in range(largest, smallest, -1):
+        font = ImageFont.load_default(size)
+        if all(font.getlength(line) <= width for line in lines):
+            return font
+    return ImageFont.load_default(smallest)
+
+
+def make_strip(states: Sequence[Image.Image]) -> Image.Image:
+    """Joins the states of one image on its way from noise to result, left to right."""
+    if not states:
+        raise ValueError("`states` must hold at least one image; ask the pipeline for them with `num_states`.")
+    return make_image_grid([state.convert("RGB") for state in states], rows=1, cols=len(states))
+
+
+def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any]) -> None:
+    """Writes a PNG file with `metadata` as its text entries: strings as they are, everything else as JSON.
+
+    The file is complete or absent: it is written beside its place and moved there.
+    """
+    path, info = Path(path), PngInfo()
+    for key, value in metadata.items():
+        info.add_text(key, value if isinstance(value, str) else json.dumps(value))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        image.save(unfinished, format="PNG", pnginfo=info)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def file_stem(position: int, labels: Sequence[str]) -> str:
+    """Names an image file by its position and labels: `0007_red-cube_blue-sphere`."""
+    words = (re.sub(r"[^\w]+", "-", label) for label in labels)
+    return f"{position:04d}_{'_'.join(words)}"[:200]

@@ -1,0 +1,240 @@
+import json
+
+import diffusers
+import numpy as np
+import pytest
+from PIL import Image
+
+from iclevr_diffusion import ICLEVR_LABELS, evaluate, sample
+from iclevr_diffusion.command_line import make_scheduler
+from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+
+
+@pytest.fixture
+def pipeline_folder(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+@pytest.fixture
+def judge_folder(tmp_path):
+    judge = SmallLabelClassifier(24, 16, label_names=list(ICLEVR_LABELS.names), block_out_channels=(8, 8))
+    judge.save_pretrained(tmp_path / "judge")
+    return tmp_path / "judge"
+
+
+@pytest.fixture
+def run_sample(pipeline_folder, tmp_path):
+    def run(*arguments, out=tmp_path / "samples"):
+        fixed = [
+            "--pipeline",
+            str(pipeline_folder),
+            "--num_inference_steps",
+            "2",
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+        ]
+        sample.main([*arguments, *fixed])
+        return out
+
+    return run
+
+
+@pytest.fixture
+def run_evaluate(pipeline_folder, judge_folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("ICLEVR_ROOT", raising=False)
+
+    def run(*arguments, out=tmp_path / "evaluation"):
+        fixed = ["--pipeline", str(pipeline_folder), "--judges", str(judge_folder), "--num_inference_steps", "2"]
+        evaluate.main([*fixed, "--device", "cpu", "--out", str(out), *map(str, arguments)])
+        return json.loads((out / "results.json").read_text())
+
+    return run
+
+
+def pixels(file):
+    return np.asarray(Image.open(file))
+
+
+# iclevr-sample
+
+
+def test_sample_writes_an_image_for_each_prompt_and_a_grid_and_says_where(run_sample, capsys):
+    out = run_sample("red cube, blue sphere", "gray cylinder", "--seed", "1")
+    assert {file.name for file in out.iterdir()} == {
+        "0000_red-cube_blue-sphere.png",
+        "0001_gray-cylinder.png",
+        "grid.png",
+    }
+    assert str(out.resolve()) in capsys.readouterr().out
+
+
+def test_a_sampled_image_says_how_it_was_drawn(run_sample, pipeline_folder):
+    out = run_sample("red cube, blue sphere", "gray cylinder", "--seed", "1", "--guidance_scale", "2.5")
+    text = Image.open(out / "0001_gray-cylinder.png").text
+    assert text.pop("Software").startswith("iclevr_diffusion ")
+    assert text == {
+        "labels": "gray cylinder",
+        "seed": "2",
+        "model": str(pipeline_folder),
+        "num_inference_steps": "2",
+        "guidance_scale": "2.5",
+        "scheduler": "DDPMScheduler",
+    }
+    assert json.loads(Image.open(out / "grid.png").text["labels"]) == [["red cube", "blue sphere"], ["gray cylinder"]]
+
+
+def test_an_image_drawn_alone_by_its_seed_is_the_same(run_sample, tmp_path):
+    many = run_sample("red cube", "gray cylinder", "--seed", "5", "--micro_batch_size", "1")
+    alone = run_sample("gray cylinder", "--seed", "6", "--micro_batch_size", "1", out=tmp_path / "alone")
+    assert (pixels(many / "0001_gray-cylinder.png") == pixels(alone / "0000_gray-cylinder.png")).all()
+
+
+def test_several_images_of_a_prompt_differ_and_strips_end_in_them(run_sample):
+    out = run_sample("red cube", "--num_images_per_prompt", "2", "--strip")
+    assert (pixels(out / "0000_red-cube.png") != pixels(out / "0001_red-cube.png")).any()
+    strips = Image.open(out / "strips.png")
+    assert strips.width > strips.height / 2  # each row is as wide as three states
+
+
+def test_drawing_again_replaces_files_of_the_same_names(run_sample):
+    before = pixels(run_sample("red cube", "--seed", "1") / "0000_red-cube.png")
+    after = pixels(run_sample("red cube", "--seed", "2") / "0000_red-cube.png")
+    assert (before != after).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("prompts.txt", "red cube, blue sphere\n\ngray cylinder\n"),
+        ("prompts.json", '[["red cube", "blue sphere"], ["gray cylinder"]]'),
+    ],
+)
+def test_prompts_are_read_from_a_file_after_those_of_the_command_line(run_sample, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    out = run_sample("cyan cube", "--prompt_file", str(tmp_path / name))
+    names = ["0000_cyan-cube.png", "0001_red-cube_blue-sphere.png", "0002_gray-cylinder.png", "grid.png"]
+    assert sorted(file.name for file in out.iterdir()) == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["red cub"], "prompt 'red cub': Unknown label 'red cub'; did you mean 'red cube'"),
+        (["red cube, red cube"], "more than once"),
+        ([], "nothing to draw"),
+        ([""], "empty scene"),
+        (["red cube", "--scheduler", "UNet2DModel"], "must name a scheduler class of diffusers"),
+        (["red cube", "--scheduler", "FlowMatchEulerDiscreteScheduler"], "prediction type"),
+        (["--prompt_file", "no such file"], "no such file"),
+    ],
+)
+def test_what_cannot_be_drawn_ends_sample_with_one_line(run_sample, arguments, message):
+    with pytest.raises(SystemExit, match=message) as stopped:
+        run_sample(*arguments)
+    assert str(stopped.value).startswith("iclevr-sample: ")
+
+
+def test_a_bad_line_of_a_prompt_file_is_named(run_sample, tmp_path):
+    (tmp_path / "prompts.txt").write_text("red cube\n\nblue spher\n")
+    with pytest.raises(SystemExit, match=r"prompts.txt, line 3: .*'blue sphere'"):
+        run_sample("--prompt_file", str(tmp_path / "prompts.txt"))
+
+
+@pytest.mark.parametrize("flag", ["--num_images_per_prompt", "--micro_batch_size"])
+def test_counts_below_one_are_refused(run_sample, flag, capsys):
+    with pytest.raises(SystemExit):
+        run_sample("red cube", flag, "0")
+    assert f"{flag} must be at least 1, got 0" in capsys.readouterr().err
+
+
+# Schedulers by name
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"]
+)
+def test_a_named_scheduler_keeps_the_noise_schedule_and_draws(tiny_pipeline, name):
+    tiny_pipeline.scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    tiny_pipeline.scheduler = make_scheduler(name, tiny_pipeline)
+    assert type(tiny_pipeline.scheduler).__name__ == name
+    assert tiny_pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    tiny_pipeline([["red cube"]], num_inference_steps=2)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_solver_named_for_a_flow_model_follows_straight_paths(tiny_pipeline, name):
+    tiny_pipeline.unet.register_to_config(prediction_type="flow")
+    tiny_pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    tiny_pipeline.scheduler = make_scheduler(name, tiny_pipeline)
+    assert tiny_pipeline.scheduler.config.use_flow_sigmas and tiny_pipeline.scheduler.config.flow_shift == 2.0
+    tiny_pipeline([["red cube"]], num_inference_steps=2)
+
+
+# iclevr-evaluate
+
+
+def test_evaluate_scores_the_packaged_lists_and_prints_a_table(run_evaluate, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results = run_evaluate("--labels", "test.json", "new_test", "--seeds", "1")
+    lists = results["scores"]["judge"]["lists"]
+    assert {name: score["num_labels"] for name, score in lists.items()} == {"test": 72, "new_test": 84}
+    assert results["quick"]
+    printed = capsys.readouterr().out
+    assert "mean_of_lists" in printed and "set ICLEVR_ROOT" in printed and str(tmp_path / "evaluation") in printed
+
+
+def test_evaluate_prefers_a_file_of_that_name_to_the_packaged_list(run_evaluate, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test.json").write_text('[["red cube"]]')
+    results = run_evaluate("--labels", "test.json", "--seeds", "1", "--scheduler", "DDIMScheduler")
+    assert results["scores"]["judge"]["lists"]["test"]["num_labels"] == 1
+    assert results["settings"]["scheduler"]["_class_name"] == "DDIMScheduler"
+
+
+def test_evaluate_tests_the_judge_on_held_out_images(run_evaluate, tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("ICLEVR_CACHE", str(tmp_path / "cache"))
+    results = run_evaluate("--labels", tiny_dataset / "test.json", "--seeds", "1", "--data", tiny_dataset)
+    seen = results["held_out_images"]["judge"]
+    assert seen["num_images"] > 0
+    assert seen["num_images"] == sum(part["num_images"] for part in seen["by_num_objects"].values())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[["red cube"], ["red cub"]]', r"mine.json.*\[1\].*'red cube'"),
+        ("[]", "mine.json"),
+        ("{", "mine.json.*JSON"),
+    ],
+)
+def test_a_list_that_does_not_fit_ends_evaluate_with_file_and_entry(run_evaluate, tmp_path, content, message):
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(SystemExit, match=message) as stopped:
+        run_evaluate("--labels", tmp_path / "mine.json")
+    assert str(stopped.value).startswith("iclevr-evaluate: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "`num_seeds` must be at least 1"),
+        (["--labels", "test", "test.json"], "`labels` must have distinct names"),
+        (["--labels", "missing.json"], "missing.json"),
+        (["--judges", "missing"], "there is no missing/config.json"),
+        (["--data", "missing"], "missing"),
+    ],
+)
+def test_what_cannot_be_evaluated_ends_evaluate_with_one_line(run_evaluate, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run_evaluate(*arguments)
+
+
+@pytest.mark.parametrize("command", [sample, evaluate])
+def test_help_says_which_pipeline_is_the_default(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    assert "conditional-ddpm-tiny-rendered" in capsys.readouterr().out

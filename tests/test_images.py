@@ -1,0 +1,101 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iclevr_diffusion.images import file_stem, make_grid, make_strip, save_png
+
+
+def plain(color, size=(16, 16)):
+    return Image.new("RGB", size, color)
+
+
+def test_a_grid_lays_images_out_in_rows_and_ends_in_white():
+    grid = make_grid([plain("red"), plain("lime"), plain("blue")], columns=2, min_width=16)
+    cell_width, cell_height = grid.width // 2, grid.height // 2
+
+    def middle(column, row):
+        return grid.getpixel((column * cell_width + cell_width // 2, row * cell_height + cell_height // 2))
+
+    assert [middle(0, 0), middle(1, 0), middle(0, 1)] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    assert middle(1, 1) == (255, 255, 255)
+
+
+def test_a_grid_has_eight_columns_unless_told_otherwise():
+    image = plain("red", (128, 128))
+    assert make_grid([image] * 32).width == 2 * make_grid([image] * 32, columns=4).width
+    assert make_grid([image] * 3).width < make_grid([image] * 8).width
+
+
+def test_small_images_are_enlarged_by_a_whole_factor_without_blur():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    grid = np.asarray(make_grid([Image.fromarray(pixels)], min_width=60))
+    assert (grid[2:66, 2:66] == pixels.repeat(4, axis=0).repeat(4, axis=1)).all()
+
+
+def test_a_caption_is_written_below_its_image_only():
+    images = [plain("red"), plain("red")]
+    with_captions = np.asarray(make_grid(images, ["red cube\nblue sphere", ""]))
+    half, below = with_captions.shape[1] // 2, 128 + 2 * 2
+    assert (with_captions[below:, :half] < 128).any()
+    assert (with_captions[below:, half:] == 255).all()
+    assert with_captions.shape[0] > np.asarray(make_grid(images)).shape[0]
+
+
+def test_a_long_caption_stays_within_its_cell():
+    grid = np.asarray(make_grid([plain("red")], ["a large purple cylinder"]))
+    caption = grid[128 + 2 * 2 :]
+    assert (caption < 128).any()
+    assert (caption[:, 0] == 255).all() and (caption[:, -1] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "columns", "message"),
+    [
+        ([], None, 8, "at least one image"),
+        ([plain("red"), plain("red", (8, 8))], None, 8, "all of one size"),
+        ([plain("red")], ["a", "b"], 8, "got 2 for 1"),
+        ([plain("red")], None, 0, "`columns` must be at least 1"),
+    ],
+)
+def test_a_grid_that_cannot_be_laid_out_is_refused(images, captions, columns, message):
+    with pytest.raises(ValueError, match=message):
+        make_grid(images, captions, columns=columns)
+
+
+def test_a_strip_reads_from_left_to_right():
+    strip = make_strip([plain("red"), plain("lime"), plain("blue")])
+    assert strip.size == (48, 16)
+    assert [strip.getpixel((x, 8)) for x in (8, 24, 40)] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+
+
+def test_a_strip_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="num_states"):
+        make_strip([])
+
+
+def test_a_saved_image_carries_its_metadata_and_keeps_its_pixels(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    save_png(
+        image, tmp_path / "new" / "a.png", {"labels": "red cube, grüner Würfel", "seed": 2**62, "guidance_scale": 1.5}
+    )
+    saved = Image.open(tmp_path / "new" / "a.png")
+    assert (np.asarray(saved) == np.asarray(image)).all()
+    assert saved.text["labels"] == "red cube, grüner Würfel"
+    assert json.loads(saved.text["seed"]) == 2**62
+    assert json.loads(saved.text["guidance_scale"]) == 1.5
+
+
+def test_an_image_that_cannot_be_saved_leaves_the_old_file_as_it_was(tmp_path):
+    save_png(plain("red"), tmp_path / "a.png", {})
+    with pytest.raises(OSError, match="cannot write mode"):
+        save_png(Image.new("F", (16, 16)), tmp_path / "a.png", {})
+    assert Image.open(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_file_is_named_by_position_and_labels():
+    assert file_stem(7, ["red cube", "blue sphere"]) == "0007_red-cube_blue-sphere"
+    assert file_stem(12, ["../a/b"]) == "0012_-a-b"
+    assert len(file_stem(0, ["cube"] * 100)) <= 200
