@@ -1,0 +1,543 @@
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import accelerate.utils
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedType
+from accelerate.utils import GradientAccumulationPlugin
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
+
+from iclevr_diffusion.checkpoint import Stateful, load_checkpoint, newest_checkpoint, read_manifest, save_checkpoint
+from iclevr_diffusion.config import TrainConfig
+
+
+class Batches(Protocol):
+    """A source of batches in which each is a pure function of its number."""
+
+    def batch(self, step: int) -> dict[str, Tensor]:  # noqa: D102
+        ...
+
+
+class Average(Stateful, Protocol):
+    """An `ExponentialMovingAverage`, as far as a run looks at it."""
+
+    model: nn.Module
+
+
+Tracked = TypeVar("Tracked", bound=Average)
+
+
+class TrainingRun:
+    """What is the same for every model that is trained: processes, checkpoints, logs and leaving in good order.
+
+    A run is a pure function of its configuration. Before every micro-step it seeds all random sources from the run's
+    seed, the micro-step's number and the process's, and batches are asked for by number; hence a run that stops
+    anywhere and goes on from a checkpoint needs neither random states nor a sampler's position, and drawing samples
+    in between changes nothing. Losses are the script's business:
+
+        run = TrainingRun(config)
+        ema = run.track(ExponentialMovingAverage(unet))
+        unet, optimizer, lr_scheduler = run.prepare(unet, optimizer, run.lr_scheduler(optimizer))
+        for batch in run.batches(loader):
+            loss = ...
+            run.backward(loss)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            if run.sync_gradients:
+                ema.step(unet)
+            run.log(loss=loss)
+
+    Args:
+        config: The configuration; a run whose `output_dir` has checkpoints of another one is refused.
+
+    Attributes:
+        accelerator: The `accelerate.Accelerator`.
+        output_dir: Where everything goes.
+        step: Number of the present optimisation step, from 1; between steps that of the last one.
+
+    Raises:
+        ValueError: If the configuration differs from that of the checkpoints in `output_dir`, or the launcher asks for
+            FSDP, DeepSpeed or another way of sharding weights.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.step = 0
+        # Of several processes on the CPU each would otherwise believe to be alone.
+        several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+        self.accelerator = Accelerator(
+            cpu=several_on_cpu,
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
+            ),
+            # One step of a learning rate schedule is one optimisation step, on any number of processes.
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+            log_with=list(config.report_to) or None,
+            project_dir=str(self.output_dir),
+        )
+        sharded = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
+        if self.accelerator.distributed_type in [getattr(DistributedType, name) for name in sharded]:
+            raise ValueError(
+                f"`accelerate launch` asks for {self.accelerator.distributed_type.value}, whose sharded weights these"
+                " checkpoints cannot hold; run one process, or data-parallel ones with --multi_gpu."
+            )
+        self._objects: dict[str, Stateful] = {}
+        self._models: list[nn.Module] = []
+        self._schedulers: list[LRScheduler] = []
+        self._facts: dict[str, Any] = {"seed": config.seed, "num_processes": self.accelerator.num_processes}
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._numbers: dict[str, float] = {}
+        self._window = (0, time.perf_counter())
+        self._bad_loss = torch.zeros((), device=self.accelerator.device)
+        self._signal = 0
+        self._stopping = False
+        # `accelerate launch` does not pass SIGTERM on, so that its end must be noticed; it always sets this variable.
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        if self.accelerator.is_main_process:
+            self._check_recipe()
+            self._describe()
+        self.accelerator.wait_for_everyone()
+        if config.report_to:
+            flat = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in _plain(config).items()}
+            self.accelerator.init_trackers(self.output_dir.name, config=flat)
+        accelerate.utils.set_seed(config.seed)  # the same first weights everywhere
+        self.print(f"Outputs go to {self.output_dir.resolve()}.")
+        num_cores = os.cpu_count() or 1
+        if (
+            self.accelerator.device.type == "cpu"
+            and self.accelerator.num_processes * torch.get_num_threads() < num_cores
+        ):
+            self.print(
+                f"Not all of the {num_cores} CPU cores are used; OMP_NUM_THREADS={num_cores} gives one process all."
+            )
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.output_dir / "checkpoints"
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether this micro-step ends an optimisation step."""
+        return self.accelerator.sync_gradients
+
+    def every(self, num_steps: int) -> bool:
+        """Whether this micro-step ends an optimisation step whose number `num_steps` divides; 0 is never."""
+        return self.sync_gradients and num_steps > 0 and self.step % num_steps == 0
+
+    def print(self, *text: str) -> None:
+        """Prints on the main process, above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(" ".join(text), file=sys.stderr)
+
+    def pin(self, **facts: str | int | float | bool) -> None:
+        """Names facts outside the configuration, such as the data's fingerprint, that a resumed run must share."""
+        self._facts.update(facts)
+
+    def prepare(self, *objects: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        """Returns modules, optimizers and schedulers prepared by Accelerate, and puts their states into checkpoints."""
+        kinds = {"model": nn.Module, "optimizer": torch.optim.Optimizer, "lr_scheduler": LRScheduler}
+        for item in objects:
+            for name, kind in kinds.items():
+                if isinstance(item, kind):
+                    number = sum(key.startswith(f"{name}_") for key in self._objects)
+                    self._objects[f"{name}_{number}"] = item
+                    break
+            else:
+                raise ValueError(
+                    f"`objects` must be modules, optimizers and learning rate schedulers, got a {type(item).__name__};"
+                    " batches are made by their number and need no preparation."
+                )
+        prepared = [self.accelerator.prepare(item) for item in objects]
+        self._models += [item for item in prepared if isinstance(item, nn.Module)]
+        self._schedulers += [item for item in objects if isinstance(item, LRScheduler)]
+        if self.accelerator.scaler is not None:
+            self._objects["grad_scaler"] = self.accelerator.scaler
+        return tuple(prepared)
+
+    def lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """Makes the configuration's learning rate schedule for an optimizer."""
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, self.config.learning_rate_factor)
+
+    def track(self, ema: Tracked, name: str = "ema") -> Tracked:
+        """Moves an average to the run's device, puts it into checkpoints and returns it."""
+        ema.model.to(self.accelerator.device)
+        self._objects[name] = ema
+        return ema
+
+    def batches(self, loader: Batches) -> Iterator[dict[str, Tensor]]:
+        """Yields the batches that are still to be trained on, one a micro-step, and does all that lies between them.
+
+        It resumes from the newest whole checkpoint, counts `step`, writes metrics and checkpoints and ends at
+        `max_steps`. On SIGINT or SIGTERM it finishes the step, saves and leaves the program with code 128 + signal.
+        """
+        config, accelerator = self.config, self.accelerator
+        self._resume()
+        images = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        bar = tqdm(
+            total=config.max_steps * images,
+            initial=self.step * images,
+            unit=" images",
+            unit_scale=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            disable=not accelerator.is_main_process,
+        )
+        first_step = self.step
+        started = time.perf_counter()
+        self._window = (self.step, started)
+        with self._catch_signals(), bar:
+            while self.step < config.max_steps and not self._stopping:
+                self.step += 1
+                for i in range(config.gradient_accumulation_steps):
+                    micro_step = (self.step - 1) * config.gradient_accumulation_steps + i
+                    batch = loader.batch(micro_step)
+                    self._seed(micro_step)
+                    with accelerator.accumulate(*self._models):
+                        yield batch
+                bar.update(images)
+                finished = self.step == config.max_steps or self._stopping
+                saving = finished or (config.save_every > 0 and self.step % config.save_every == 0)
+                if saving or self._numbers or self.step % config.log_every == 0:
+                    line = self._write_metrics(images)
+                    bar.set_postfix({key: f"{line[key]:.4g}" for key in ("loss",) if key in line}, refresh=False)
+                if saving:
+                    self._save()
+                if self.step == first_step + 1:
+                    started = time.perf_counter()  # the first step also warms up
+                elif self.step == first_step + 5 and not finished:
+                    self._announce((time.perf_counter() - started) / 4, images)
+            if self._stopping and self.step < config.max_steps:
+                self.print(
+                    f"Stopped after step {self.step} of {config.max_steps} and saved in {self.checkpoints}; the same"
+                    " command goes on from there."
+                )
+                self.finish()
+                raise SystemExit(128 + (self._signal or signal.SIGTERM))
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a mean `loss`; at the end of a step clips them, or refuses them if not finite.
+
+        Raises:
+            FloatingPointError: On all processes, before the weights move, if the loss of any, or a gradient, is not
+                finite.
+        """
+        accelerator = self.accelerator
+        self._bad_loss += ~torch.isfinite(loss.detach()).all()
+        accelerator.backward(loss)
+        if not self.sync_gradients:
+            return
+        parameters = [parameter for model in self._models for parameter in model.parameters()]
+        grad_norm = accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf)
+        bad_gradient = ~torch.isfinite(grad_norm)
+        if accelerator.scaler is not None:  # which looks for overflows itself, skips the step and lowers the scale
+            bad_gradient = torch.zeros_like(bad_gradient)
+        # One small sum over the processes and one look at it a step answers all that they must agree on.
+        leaving = self._signal or (self._launcher is not None and os.getppid() != self._launcher)
+        flags = torch.stack([self._bad_loss, bad_gradient.float(), torch.full_like(self._bad_loss, leaving)])
+        bad_loss, bad_gradient, stop = accelerator.reduce(flags).tolist()
+        if bad_loss or bad_gradient:
+            what = "loss" if bad_loss else "gradient"
+            raise FloatingPointError(
+                f"The {what} of step {self.step} is not finite; the weights did not move, and nothing was saved. Take a"
+                " lower `learning_rate` or `max_grad_norm`, a longer warm-up or mixed_precision bf16 or no, in another"
+                f" `output_dir`; checkpoints up to step {self._saved_step()} are in {self.checkpoints}."
+            )
+        self._stopping = bool(stop)
+        self.log(grad_norm=grad_norm)
+
+    def log(self, **scalars: Tensor | float) -> None:
+        """Notes numbers for `metrics.jsonl` and the trackers.
+
+        Tensors are averaged over the steps since the last line and over processes, without waiting for the device.
+        Plain numbers (a score) make a line at their own step, and must be the same on all processes.
+        """
+        for name, value in scalars.items():
+            if isinstance(value, Tensor):
+                total, count = self._sums.get(name, (0.0, 0))
+                self._sums[name] = (total + value.detach().float().mean(), count + 1)
+            else:
+                self._numbers[name] = value
+
+    def save_pipeline(self, pipeline: DiffusionPipeline, name: str = "pipeline") -> Path:
+        """Writes a pipeline to `output_dir/name`, on the main process, in the place of an older one."""
+        folder = self.output_dir / name
+        if self.accelerator.is_main_process:
+            staging, replaced = self.output_dir / f".staging-{name}", self.output_dir / f".replaced-{name}"
+            for leftover in (staging, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
+            pipeline.save_pretrained(staging)
+            if folder.exists():
+                os.replace(folder, replaced)
+            os.replace(staging, folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def keep_best(self, score: float, pipeline: DiffusionPipeline) -> None:
+        """Notes a validation score, and writes the pipeline to `output_dir/best_pipeline` if it is the highest yet.
+
+        Args:
+            score: The higher the better; the same on all processes.
+            pipeline: What was scored.
+        """
+        self.log(validation_score=score)
+        record = self.output_dir / "best_pipeline.json"
+        text = [record.read_text() if self.accelerator.is_main_process and record.exists() else "{}"]
+        best = json.loads(accelerate.utils.broadcast_object_list(text)[0])
+        self.print(f"Step {self.step}: validation score {score:.4f}, best before {best.get('score', 'none')}.")
+        if score > best.get("score", -math.inf):
+            self.save_pipeline(pipeline, "best_pipeline")
+            if self.accelerator.is_main_process:
+                _write_text(record, json.dumps({"step": self.step, "score": score}) + "\n")
+
+    def finish(self) -> None:
+        """Ends trackers and leaves the group of processes; the last call of a script."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """Returns a prepared model without what processes and compilation put around it."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def _seed(self, micro_step: int) -> None:
+        text = f"{self.config.seed} {micro_step} {self.accelerator.process_index}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+        torch.manual_seed(seed)  # of every device
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+    def _resume(self) -> None:
+        """Loads the newest whole checkpoint, which the main process looks for, and takes back later metrics."""
+        found = [newest_checkpoint(self.checkpoints) if self.accelerator.is_main_process else None]
+        (folder,) = accelerate.utils.broadcast_object_list(found)
+        if folder is not None:
+            manifest = read_manifest(folder)
+            for name, value in self._facts.items():
+                theirs = manifest["facts"].get(name)
+                if theirs != value:
+                    raise ValueError(
+                        f"`{name}` must be {theirs!r} to go on from {folder}, got {value!r}; train into another"
+                        " `output_dir`."
+                    )
+            load_checkpoint(folder, self._objects)
+            self.step = manifest["step"]
+            self.print(f"Going on after step {self.step} of {self.config.max_steps}, from {folder}.")
+        if self.accelerator.is_main_process:
+            self._truncate_metrics()
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.checkpoints, self.step, self._objects, self._facts, num_kept=self.config.num_checkpoints
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _saved_step(self) -> int:
+        return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")), default=0)
+
+    @contextlib.contextmanager
+    def _catch_signals(self) -> Iterator[None]:
+        first = 0.0
+
+        def note(number: int, frame: types.FrameType | None) -> None:
+            nonlocal first
+            if not self._signal:
+                self._signal, first = number, time.monotonic()
+                text = f"\n{signal.Signals(number).name}: finishing step {self.step}, then saving; Ctrl-C aborts.\n"
+                if self.accelerator.is_main_process:
+                    os.write(sys.stderr.fileno(), text.encode())  # `print` must not be called from a signal handler
+            # A launcher may send its own copy of the first Ctrl-C.
+            elif number == signal.SIGINT and time.monotonic() > first + 1:
+                raise KeyboardInterrupt
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _announce(self, seconds_a_step: float, images: int) -> None:
+        remaining = self.config.max_steps - self.step
+        seconds = remaining * seconds_a_step
+        duration = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+        duration = duration if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+        self.print(
+            f"{remaining:,} steps of {images} images to go, {images / seconds_a_step:.0f} images a second: this will take"
+            f" about {duration}, samples and scores aside."
+        )
+
+    def _write_metrics(self, images: int) -> dict[str, float]:
+        means = {name: total / count for name, (total, count) in self._sums.items()}
+        if means:
+            reduced = self.accelerator.reduce(torch.stack(list(means.values())), reduction="mean")
+            means = dict(zip(means, reduced.tolist(), strict=True))
+        start, began = self._window
+        now = time.perf_counter()
+        for i, scheduler in enumerate(self._schedulers):
+            means["learning_rate" if len(self._schedulers) == 1 else f"learning_rate_{i}"] = scheduler.get_last_lr()[0]
+        line = {**means, **self._numbers, "images_per_second": (self.step - start) * images / (now - began)}
+        if self.accelerator.is_main_process:
+            with (self.output_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": self.step, **line}) + "\n")
+        if self.config.report_to:
+            self.accelerator.log(line, step=self.step)
+        self._sums, self._numbers, self._window = {}, {}, (self.step, now)
+        return line
+
+    def _truncate_metrics(self) -> None:
+        path = self.output_dir / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                kept += [line] if json.loads(line)["step"] <= self.step else []
+            except ValueError:  # torn by a crash; the steps of a checkpoint come before it
+                break
+        _write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def _check_recipe(self) -> None:
+        """Refuses a configuration that is not that of the checkpoints in `output_dir`."""
+        path, step = self.output_dir / "config.yaml", self._saved_step()
+        if step == 0 or not path.exists():
+            return
+        # A field that is newer than the recipe had its default then.
+        theirs = _plain(type(self.config)()) | yaml.safe_load(path.read_text())
+        ours = _plain(self.config)
+        free = {item.name for item in dataclasses.fields(self.config) if item.metadata.get("may_change")}
+        free.add("max_steps")
+        differing = [name for name in theirs if name not in free and ours.get(name) != theirs.get(name)]
+        if not differing and ours["max_steps"] != theirs["max_steps"]:
+            before = dataclasses.replace(self.config, max_steps=theirs["max_steps"])
+            factors = [(self.config.learning_rate_factor(i), before.learning_rate_factor(i)) for i in range(step)]
+            if self.config.max_steps < step or any(new != old for new, old in factors):
+                differing = ["max_steps"]
+        if differing:
+            changes = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in differing)
+            raise ValueError(
+                f"`output_dir` {self.output_dir} holds {step} steps of another recipe: {changes}. Train into another"
+                " folder, or go on with the old values."
+            )
+
+    def _describe(self) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        _write_text(self.output_dir / "config.yaml", yaml.safe_dump(_plain(self.config), sort_keys=False))
+        path = self.output_dir / "environment.json"
+        launches = json.loads(path.read_text()) if path.exists() else []
+        _write_text(path, json.dumps([*launches, self._environment()], indent=2) + "\n")
+
+    def _environment(self) -> dict[str, Any]:
+        device = self.accelerator.device
+        packages = ("iclevr-diffusion", "torch", "diffusers", "accelerate", "transformers", "datasets", "numpy")
+        versions = {}
+        for name in packages:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
+        return {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": [sys.executable, *sys.argv],
+            "git_commit": _git_commit(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "versions": versions,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "num_processes": self.accelerator.num_processes,
+            "cpu_count": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+        }
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """Returns the fields as YAML reads them back: tuples are lists."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Writes a file that is whole or absent."""
+    staging = path.with_name(f".{path.name}.staging")
+    staging.write_text(text)
+    os.replace(staging, path)
+
+
+def _git_commit() -> str | None:
+    """Returns the commit of the source tree, with a mark where files differ from it, or `None` outside of one."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    with contextlib.suppress(OSError):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        return result.stdout.strip() or None
+    return None
+
+
+def load_weights(model: ModelMixin, folder: str | Path, label_names: Sequence[str] | None = None) -> None:
+    """Puts the weights of another model of the same architecture, or of a pipeline's, into `model`.
+
+    Args:
+        model: The model; its buffers are taken over as well.
+        folder: Folder of a model of this class, or of a pipeline whose `unet` is one.
+        label_names: Names that a pipeline in `folder` must have, in this order; `None` takes any.
+
+    Raises:
+        ValueError: If the folder holds no such model, or one of other shapes, labels or prediction type.
+    """
+    folder = Path(folder)
+    if (folder / "model_index.json").exists():
+        names = json.loads((folder / "model_index.json").read_text()).get("label_names", {})
+        theirs = [names[str(index)] for index in range(len(names))]  # the file has them in the order 0, 1, 10, 11, ...
+        if label_names is not None and theirs != list(label_names):
+            raise ValueError(
+                f"`folder` {folder} must hold a pipeline for the {len(label_names)} labels of the data, in their order,"
+                f" got one for {len(theirs)}: {', '.join(theirs)[:200]}."
+            )
+        folder = folder / "unet"
+    if not (folder / "config.json").exists():
+        raise ValueError(f"`folder` must be a pipeline's or a model's, got {folder}, which has no config.json.")
+    other = type(model).from_pretrained(folder)
+    if other.config.get("prediction_type") != model.config.get("prediction_type"):
+        raise ValueError(
+            f"`folder` {folder} must hold a model that predicts {model.config.prediction_type!r}, got"
+            f" {other.config.prediction_type!r}; train with its `prediction_type`."
+        )
+    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in other.state_dict().items()}
+    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if differing:
+        shown = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in differing[:3])
+        raise ValueError(
+            f"`folder` {folder} must hold a model of these shapes, but {len(differing)} tensors differ: {shown}. Take"
+            " the architecture that is in its config.json."
+        )
+    model.load_state_dict(other.state_dict())

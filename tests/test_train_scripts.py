@@ -1,0 +1,260 @@
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+from iclevr_diffusion import ICLEVR_LABELS, ConditionalDDPMPipeline
+from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
+from iclevr_diffusion.config import parse_config
+from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "train_scripts"
+TINY = {
+    "resolution": 16,
+    "block_out_channels": (8, 16),
+    "attention_levels": (),
+    "attention_head_dim": 8,
+    "patch_size": 2,
+    "batch_size": 4,
+    "warmup_steps": 1,
+    "sample_every": 0,
+    "num_inference_steps": 2,
+    "num_conditions": 4,
+}
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train_ddpm = load_script("train_ddpm")
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory, monkeypatch):
+    """Each test finds Accelerate as a new process would, and keeps its image stores to itself."""
+    monkeypatch.setenv("ICLEVR_CACHE", str(tmp_path_factory.getbasetemp() / "stores"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def train(tiny_dataset):
+    """Trains in this process and returns the run's folder."""
+
+    def run(folder, **fields):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        fields = {"data": str(tiny_dataset), "max_steps": 2, **TINY, **fields}
+        train_ddpm.main(train_ddpm.DDPMConfig(output_dir=str(folder), **fields))
+        return Path(folder)
+
+    return run
+
+
+def flags(**fields):
+    words = []
+    for name, value in fields.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return words
+
+
+def hashes(folder):
+    return read_manifest(newest_checkpoint(folder / "checkpoints"))["files"]
+
+
+def test_a_short_run_leaves_everything_that_was_promised(train, tmp_path):
+    folder = train(tmp_path / "run", sample_every=2)
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "data.json"):
+        assert (folder / name).exists()
+    assert not list(folder.glob(".*"))
+    pipeline = ConditionalDDPMPipeline.from_pretrained(folder / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    (image,) = pipeline([["red cube"]], seeds=[0]).images
+    assert image.size == (16, 16) and pipeline.unet.dtype == torch.float32
+    assert pipeline.config.default_num_inference_steps == 2 and pipeline.config.default_guidance_scale == 2.0
+    grid = Image.open(folder / "samples" / "step-00000002.png")
+    assert json.loads(grid.text["step"]) == 2 and json.loads(grid.text["labels"])
+    conditions = json.loads((folder / "conditions.json").read_text())
+    assert conditions and all(name in ICLEVR_LABELS.names for labels in conditions for name in labels)
+
+
+def test_the_saved_pipeline_holds_the_averaged_weights(train, tmp_path):
+    folder = train(tmp_path / "run", max_steps=3)
+    pipeline = ConditionalDDPMPipeline.from_pretrained(folder / "pipeline")
+    unet = pipeline.unet.state_dict()
+    from safetensors.torch import load_file
+
+    averaged = load_file(newest_checkpoint(folder / "checkpoints") / "ema.safetensors")
+    current = load_file(newest_checkpoint(folder / "checkpoints") / "model_0.safetensors")
+    assert all(torch.equal(unet[name], averaged[f"model/{name}"]) for name in unet)
+    assert not torch.equal(unet["class_embedding.weight"], current["class_embedding.weight"])
+
+
+def test_the_same_command_again_goes_on_to_the_same_end(train, tmp_path):
+    unbroken = train(tmp_path / "unbroken", max_steps=4, lr_schedule="constant", gradient_accumulation_steps=2)
+    train(tmp_path / "broken", max_steps=1, lr_schedule="constant", gradient_accumulation_steps=2)
+    resumed = train(tmp_path / "broken", max_steps=4, lr_schedule="constant", gradient_accumulation_steps=2)
+    assert hashes(unbroken) == hashes(resumed)
+
+
+def test_images_read_by_index_train_the_same_model(train, tmp_path):
+    assert hashes(train(tmp_path / "a", resident=True)) == hashes(train(tmp_path / "b", resident=False))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
+def test_every_target_trains_weighted_and_draws(train, tmp_path, prediction_type):
+    folder = train(
+        tmp_path / "run", prediction_type=prediction_type, min_snr_gamma=5.0, mixed_precision="bf16", flip=True
+    )
+    pipeline = ConditionalDDPMPipeline.from_pretrained(folder / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert torch.isfinite(pipeline([["red cube"]], seeds=[0], output_type="pt").images).all()
+
+
+def test_the_reported_sampler_and_raw_pixels_go_without_label_dropout(train, tmp_path):
+    folder = train(
+        tmp_path / "run",
+        prediction_type="epsilon",
+        sampler="ddpm",
+        standardize=False,
+        label_dropout=0.0,
+        guidance_scale=1.0,
+        sample_every=1,
+    )
+    pipeline = ConditionalDDPMPipeline.from_pretrained(folder / "pipeline")
+    assert type(pipeline.scheduler).__name__ == "DDPMScheduler" and not pipeline.unet.config.null_condition
+    assert pipeline.unet.data_std == 1
+
+
+def test_a_judge_scores_validation_labels_and_the_best_pipeline_is_kept(train, tmp_path):
+    judge = SmallLabelClassifier(num_classes=24, image_size=16, label_names=list(ICLEVR_LABELS.names))
+    judge.save_pretrained(tmp_path / "judge")
+    folder = train(tmp_path / "run", judge=str(tmp_path / "judge"), score_every=1)
+    scores = [json.loads(line)["validation_score"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    best = json.loads((folder / "best_pipeline.json").read_text())
+    assert len(scores) == 2 and best["score"] == max(scores) and min(scores) >= 0
+    assert (folder / "best_pipeline" / "model_index.json").exists()
+
+
+def test_training_starts_from_another_pipelines_weights(train, tmp_path):
+    first = train(tmp_path / "first")
+    second = train(tmp_path / "second", init_from=str(first / "pipeline"), learning_rate=1e-12, max_steps=1)
+    ours, theirs = (
+        ConditionalDDPMPipeline.from_pretrained(folder / "pipeline").unet.state_dict() for folder in (first, second)
+    )
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+
+
+def test_a_run_on_all_images_is_marked(train, tmp_path, capfd):
+    folder = train(tmp_path / "run", split="all")
+    assert json.loads((folder / "data.json").read_text())["split"] == "all"
+    assert "nothing is held out" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_without_data_scenes_are_rendered_into_the_outputs(train, tmp_path):
+    folder = train(tmp_path / "run", data=None, num_scenes=2)
+    assert len(json.loads((folder / "data" / "train.json").read_text())) == 6
+
+
+def test_the_real_images_are_taken_only_where_they_are_asked_for(train, tmp_path, monkeypatch):
+    monkeypatch.delenv("ICLEVR_ROOT", raising=False)
+    with pytest.raises(ValueError, match="`data` is ICLEVR_ROOT: set that variable"):
+        train(tmp_path / "run", data="ICLEVR_ROOT")
+
+
+def test_guidance_without_label_dropout_is_refused_before_any_work():
+    with pytest.raises(ValueError, match="`guidance_scale` must be 1 without `label_dropout`, got 2.0"):
+        train_ddpm.DDPMConfig(label_dropout=0.0)
+
+
+@pytest.mark.parametrize("recipe", sorted((SCRIPTS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_read_and_states_its_hardware(recipe):
+    if recipe.stem.startswith("judge"):
+        pytest.skip("a recipe of another script")
+    parse_config(train_ddpm.DDPMConfig, ["--config", str(recipe)])
+    assert "Hardware:" in recipe.read_text().split("output_dir")[0]
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPTS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_accelerate_file_is_one(path):
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    assert (
+        ClusterConfig.from_yaml_file(yaml_file=str(path)).num_processes
+        == yaml.safe_load(path.read_text())["num_processes"]
+    )
+
+
+def test_the_script_stays_short_with_its_loop_in_sight():
+    text = (SCRIPTS / "train_ddpm.py").read_text()
+    assert len(text.splitlines()) < 150 and "for batch in run.batches(" in text and "optimizer.step()" in text
+
+
+def launch(*arguments, config_file="cpu"):
+    """Starts the script as a user would; returns the process of the launcher."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(SCRIPTS / "accelerate" / f"{config_file}.yaml"), str(SCRIPTS / "train_ddpm.py")]
+    return subprocess.Popen(
+        [*command, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_resumed_end_bit_equal_to_unbroken_ones(tiny_dataset, tmp_path):
+    def run(folder, max_steps):
+        fields = {**TINY, "data": tiny_dataset, "lr_schedule": "constant", "log_every": 1, "max_steps": max_steps}
+        process = launch(*flags(**fields, output_dir=tmp_path / folder), config_file="two_cpu")
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+
+    run("unbroken", 4)
+    run("broken", 3)
+    run("broken", 4)
+    assert hashes(tmp_path / "unbroken") == hashes(tmp_path / "broken")
+    environment = json.loads((tmp_path / "broken" / "environment.json").read_text())
+    assert [launched["num_processes"] for launched in environment] == [2, 2]
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "unbroken" / "metrics.jsonl").open()]
+    assert rates == [pytest.approx(6e-4)] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config_file", "number"), [("cpu", signal.SIGTERM), ("two_cpu", signal.SIGINT)])
+def test_a_signal_to_the_launcher_saves_and_the_same_command_goes_on(tiny_dataset, tmp_path, config_file, number):
+    folder = tmp_path / "run"
+    fields = {
+        **TINY,
+        "data": tiny_dataset,
+        "max_steps": 100_000,
+        "log_every": 1,
+        "save_every": 0,
+        "output_dir": folder,
+    }
+    process = launch(*flags(**fields, lr_schedule="constant"), config_file=config_file)
+    deadline = time.monotonic() + 240
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    while newest_checkpoint(folder / "checkpoints") is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert "the same command goes on from there" in output
+    step = read_manifest(newest_checkpoint(folder / "checkpoints"))["step"]
+    fields["max_steps"] = step + 1
+    again = launch(*flags(**fields, lr_schedule="constant"), config_file=config_file)
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0 and f"Going on after step {step} of {step + 1}" in output

@@ -1,0 +1,383 @@
+import contextlib
+import json
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
+from iclevr_diffusion.config import TrainConfig
+from iclevr_diffusion.ema import ExponentialMovingAverage
+from iclevr_diffusion.training import TrainingRun, load_weights
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its settings in singletons; each test, and each run in it, starts as a process would."""
+    reset()
+    yield
+    reset()
+
+
+def reset():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class Loader:
+    """Batches of random rows; batch `step` is a pure function of its number."""
+
+    def batch(self, step):
+        generator = torch.Generator().manual_seed(step)
+        return {"x": torch.randn(4, 3, generator=generator)}
+
+
+def make_config(folder, **fields):
+    fields = {"max_steps": 6, "batch_size": 4, "save_every": 2, "log_every": 2, "lr_schedule": "linear", **fields}
+    return TrainConfig(output_dir=str(folder), learning_rate=0.1, **fields)
+
+
+def train(config, on_step=None, loss_of=None, pinned=None):
+    """Runs a loop as a script has it, with dropout and BatchNorm, and returns the run, the model and the average."""
+    reset()
+    run = TrainingRun(config)
+    run.pin(**(pinned or {}))
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+    ema = run.track(ExponentialMovingAverage(model, 0.9))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    wrapped, optimizer, lr_scheduler = run.prepare(model, optimizer, run.lr_scheduler(optimizer))
+    for batch in run.batches(Loader()):
+        prediction = wrapped(batch["x"] + 0.1 * torch.randn_like(batch["x"])).float()
+        loss = (prediction - random.random() - np.random.rand()).square().mean()
+        run.backward(loss if loss_of is None else loss_of(run, model, loss))
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        run.log(loss=loss)
+        if run.sync_gradients:
+            ema.step(wrapped)
+            if on_step is not None:
+                on_step(run)
+    run.finish()
+    return run, model, ema
+
+
+def hashes(run):
+    """Hashes of all that the newest checkpoint holds: weights, average, optimizer, schedule."""
+    return read_manifest(newest_checkpoint(run.checkpoints))["files"]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def send(number, step):
+    def on_step(run):
+        if run.step == step:
+            os.kill(os.getpid(), number)
+
+    return on_step
+
+
+def fail(step):
+    def on_step(run):
+        if run.step == step:
+            raise RuntimeError("the machine fails")
+
+    return on_step
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"mixed_precision": "bf16"},
+        {"max_grad_norm": None, "lr_schedule": "cosine"},
+    ],
+    ids=["plain", "accumulation", "bf16", "no clipping"],
+)
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_run_stopped_after_any_step_and_resumed_ends_bit_equal_to_an_unbroken_one(tmp_path, fields, stop):
+    unbroken, model, _ = train(make_config(tmp_path / "unbroken", **fields))
+    state = torch.get_rng_state(), random.getstate()
+    with pytest.raises(SystemExit):
+        train(make_config(tmp_path / "broken", **fields), on_step=send(signal.SIGTERM, stop))
+    torch.manual_seed(99)
+    resumed, other_model, _ = train(make_config(tmp_path / "broken", **fields))
+    assert len(hashes(unbroken)) == 7
+    assert hashes(unbroken) == hashes(resumed)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other_model.parameters(), strict=True))
+    assert torch.equal(state[0], torch.get_rng_state()) and state[1] == random.getstate()
+
+
+def test_a_run_that_was_killed_repeats_the_steps_since_its_checkpoint(tmp_path):
+    unbroken, *_ = train(make_config(tmp_path / "unbroken"))
+    with pytest.raises(RuntimeError, match="the machine fails"):
+        train(make_config(tmp_path / "broken", log_every=1), on_step=fail(6))
+    assert [line["step"] for line in lines(tmp_path / "broken")] == [1, 2, 3, 4, 5]
+    with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    resumed, *_ = train(make_config(tmp_path / "broken", log_every=1))
+    assert hashes(unbroken) == hashes(resumed)
+    assert [line["step"] for line in lines(tmp_path / "broken")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_its_metrics_again(tmp_path):
+    with pytest.raises(RuntimeError):
+        train(make_config(tmp_path, log_every=1, save_every=0), on_step=fail(3))
+    train(make_config(tmp_path, log_every=1, save_every=0))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_broken_newest_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path):
+    unbroken, *_ = train(make_config(tmp_path / "unbroken"))
+    with contextlib.suppress(RuntimeError):
+        train(make_config(tmp_path / "broken"), on_step=fail(5))
+    path = tmp_path / "broken" / "checkpoints" / "step-00000004" / "optimizer_0.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.warns(UserWarning, match="step-00000004 is broken"):
+        resumed, *_ = train(make_config(tmp_path / "broken"))
+    assert hashes(unbroken) == hashes(resumed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_leaves_with_the_shells_code(tmp_path, capfd, number, code):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as exit_info:
+        # Sent at the end of step 2, noticed in step 3: no step is left half done.
+        train(make_config(tmp_path, save_every=0), on_step=send(number, 2))
+    assert exit_info.value.code == code
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    assert signal.getsignal(number) is before
+    assert "Stopped after step 3 of 6" in capfd.readouterr().err
+
+
+def test_ctrl_c_pressed_twice_aborts_at_once(tmp_path, monkeypatch):
+    times = iter([10.0, 12.0])
+    monkeypatch.setattr("iclevr_diffusion.training.time.monotonic", lambda: next(times))
+
+    def press_twice(run):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(tmp_path), on_step=press_twice)
+
+
+def test_a_run_whose_launcher_is_gone_saves_and_leaves(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch` does
+    with pytest.raises(SystemExit) as exit_info:
+        train(make_config(tmp_path), on_step=lambda run: monkeypatch.setattr(os, "getppid", lambda: 1))
+    assert exit_info.value.code == 143
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "step-00000002"
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "what"),
+    [
+        (lambda run, model, loss: loss * (float("nan") if run.step == 3 else 1), "loss"),
+        (lambda run, model, loss: loss + (float("inf") if run.step == 3 else 0), "loss"),
+        (lambda run, model, loss: loss + (0 * model[0].weight).sqrt().sum() if run.step == 3 else loss, "gradient"),
+    ],
+    ids=["NaN", "infinity", "NaN gradient of a finite loss"],
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, loss_of, what, accumulation):
+    models, weights = [], []
+
+    def remember(run, model, loss):
+        models.append(model)
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+        return loss_of(run, model, loss)
+
+    config = make_config(tmp_path, gradient_accumulation_steps=accumulation)
+    with pytest.raises(FloatingPointError, match=f"The {what} of step 3 is not finite; the weights did not move"):
+        train(config, loss_of=remember)
+    assert all(torch.equal(a, b) for a, b in zip(weights[-1], models[-1].parameters(), strict=True))
+    assert not torch.equal(weights[0][0], weights[-1][0])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path):
+    config = make_config(tmp_path, max_grad_norm=0.5, max_steps=2)
+    run = TrainingRun(config)
+    model = nn.Linear(3, 1)
+    (wrapped,) = run.prepare(model)
+    for batch in run.batches(Loader()):
+        run.backward(1000 * wrapped(batch["x"]).square().mean())
+        norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
+        torch.testing.assert_close(norm, torch.tensor(0.5))
+        model.zero_grad()
+    assert lines(tmp_path)[-1]["grad_norm"] > 0.5  # what is noted is the norm before
+
+
+def test_a_changed_recipe_is_refused_with_the_differing_fields(tmp_path):
+    train(make_config(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"holds 6 steps of another recipe: seed: 0 there, 1 here; batch_size: 4 there, 8"
+    ):
+        train(make_config(tmp_path, seed=1, batch_size=8))
+
+
+def test_fields_that_leave_the_weights_alone_may_change(tmp_path):
+    unbroken, *_ = train(make_config(tmp_path / "unbroken"))
+    with pytest.raises(SystemExit):
+        train(make_config(tmp_path / "broken"), on_step=send(signal.SIGTERM, 2))
+    (tmp_path / "broken").rename(tmp_path / "moved")
+    resumed, *_ = train(make_config(tmp_path / "moved", save_every=5, log_every=1, num_checkpoints=1))
+    assert hashes(unbroken) == hashes(resumed)
+    assert yaml.safe_load((tmp_path / "moved" / "config.yaml").read_text())["save_every"] == 5
+
+
+def test_more_steps_are_taken_only_where_the_schedule_so_far_agrees(tmp_path):
+    unbroken, *_ = train(make_config(tmp_path / "unbroken", lr_schedule="constant", max_steps=8))
+    train(make_config(tmp_path / "longer", lr_schedule="constant"))
+    resumed, *_ = train(make_config(tmp_path / "longer", lr_schedule="constant", max_steps=8))
+    assert hashes(unbroken) == hashes(resumed)
+    with pytest.raises(ValueError, match="max_steps: 8 there, 7 here"):
+        train(make_config(tmp_path / "longer", lr_schedule="constant", max_steps=7))
+    train(make_config(tmp_path / "linear"))
+    with pytest.raises(ValueError, match="max_steps: 6 there, 8 here"):
+        train(make_config(tmp_path / "linear", max_steps=8))
+
+
+def test_a_field_that_is_newer_than_the_recipe_counts_as_its_default(tmp_path):
+    train(make_config(tmp_path))
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "".join(line for line in path.read_text().splitlines(True) if "weight" not in line and "seed" not in line)
+    )
+    train(make_config(tmp_path))
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "seed" not in line))
+    with pytest.raises(ValueError, match="seed: 0 there, 1 here"):
+        train(make_config(tmp_path, seed=1))
+
+
+def test_a_recipe_without_a_checkpoint_yet_may_be_changed(tmp_path):
+    with pytest.raises(RuntimeError):
+        train(make_config(tmp_path), on_step=fail(1))
+    train(make_config(tmp_path, seed=1))
+
+
+def test_other_data_than_those_of_the_checkpoint_are_refused(tmp_path):
+    train(make_config(tmp_path, lr_schedule="constant"), pinned={"data": "abc"})
+    with pytest.raises(ValueError, match="`data` must be 'abc' to go on from .*step-00000006, got 'xyz'"):
+        train(make_config(tmp_path, lr_schedule="constant", max_steps=8), pinned={"data": "xyz"})
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_learning_rate_follows_the_optimisation_steps_whatever_the_accumulation(tmp_path, accumulation):
+    seen = []
+    config = make_config(tmp_path, gradient_accumulation_steps=accumulation, warmup_steps=2)
+
+    def look(run, model, loss):
+        seen.append(run._objects["optimizer_0"].param_groups[0]["lr"])
+        return loss
+
+    train(config, loss_of=look)
+    expected = [0.1 * config.learning_rate_factor(step) for step in range(6) for _ in range(accumulation)]
+    assert seen == pytest.approx(expected)
+
+
+def test_metrics_are_means_over_the_steps_since_the_last_line(tmp_path):
+    losses = []
+
+    def look(run, model, loss):
+        losses.append(loss.item())
+        return loss
+
+    train(make_config(tmp_path, log_every=3, save_every=0), loss_of=look)
+    metrics = lines(tmp_path)
+    assert [line["step"] for line in metrics] == [3, 6]
+    assert [line["loss"] for line in metrics] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])])
+    assert set(metrics[0]) == {"step", "loss", "grad_norm", "learning_rate", "images_per_second"}
+
+
+def test_a_plain_number_stands_in_the_line_of_its_own_step(tmp_path):
+    train(
+        make_config(tmp_path, log_every=6, save_every=0),
+        on_step=lambda run: run.log(score=0.5) if run.step == 4 else None,
+    )
+    assert [(line["step"], line.get("score")) for line in lines(tmp_path)] == [(4, 0.5), (6, None)]
+
+
+def test_drawing_random_numbers_between_steps_changes_nothing(tmp_path):
+    quiet, *_ = train(make_config(tmp_path / "quiet"))
+    noisy, *_ = train(
+        make_config(tmp_path / "noisy"), on_step=lambda run: (torch.rand(3), random.random(), np.random.rand())
+    )
+    assert hashes(quiet) == hashes(noisy)
+
+
+def test_the_folder_says_what_was_run_on_what(tmp_path):
+    train(make_config(tmp_path, lr_schedule="constant"))
+    train(make_config(tmp_path, lr_schedule="constant", max_steps=7))
+    first, second = json.loads((tmp_path / "environment.json").read_text())
+    assert first["versions"]["torch"] == torch.__version__ and first["device"] == "cpu"
+    assert first["num_processes"] == 1 and "git_commit" in second and second["command"]
+
+
+def test_trackers_of_accelerate_are_fed(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the `tracking` extra")
+    train(make_config(tmp_path, report_to=("tensorboard",)))
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_the_estimate_and_the_output_folder_are_printed(tmp_path, capfd):
+    train(make_config(tmp_path, max_steps=7))
+    printed = capfd.readouterr().err
+    assert f"Outputs go to {tmp_path}." in printed
+    assert "2 steps of 4 images to go" in printed and "images a second: this will take about 0 seconds" in printed
+
+
+def test_sharded_launches_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="asks for FSDP, whose sharded weights"):
+        TrainingRun(make_config(tmp_path))
+
+
+def test_a_loader_is_not_prepared(tmp_path):
+    with pytest.raises(ValueError, match="got a Loader; batches are made by their number"):
+        TrainingRun(make_config(tmp_path)).prepare(Loader())
+
+
+def test_the_best_pipeline_is_kept_and_a_worse_one_is_not(tmp_path, tiny_pipeline):
+    run = TrainingRun(make_config(tmp_path))
+    for run.step, score in enumerate([0.4, 0.6, 0.5], start=1):
+        tiny_pipeline.unet.data_mean.fill_(run.step)
+        run.keep_best(score, tiny_pipeline)
+    best = type(tiny_pipeline).from_pretrained(tmp_path / "best_pipeline")
+    assert (best.unet.data_mean == 2).all()
+    assert json.loads((tmp_path / "best_pipeline.json").read_text()) == {"step": 2, "score": 0.6}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_weights_come_from_a_pipeline_or_a_network_folder(tmp_path, tiny_pipeline):
+    tiny_pipeline.save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "unet"):
+        unet = type(tiny_pipeline.unet)(**tiny_pipeline.unet.config)
+        load_weights(unet, folder, tiny_pipeline.vocabulary.names)
+        for name, value in tiny_pipeline.unet.state_dict().items():
+            assert torch.equal(value, unet.state_dict()[name])
+
+
+def test_weights_of_another_shape_label_order_or_target_are_refused(tmp_path, tiny_pipeline):
+    tiny_pipeline.save_pretrained(tmp_path)
+    make, config = type(tiny_pipeline.unet), dict(tiny_pipeline.unet.config)
+    with pytest.raises(ValueError, match="24 labels of the data, in their order"):
+        load_weights(tiny_pipeline.unet, tmp_path, tiny_pipeline.vocabulary.names[::-1])
+    with pytest.raises(ValueError, match="must hold a model that predicts 'flow', got 'epsilon'"):
+        load_weights(make(**{**config, "prediction_type": "flow"}), tmp_path)
+    with pytest.raises(ValueError, match=r"1 tensors differ: null_embedding \(32,\) there, None here"):
+        load_weights(make(**{**config, "null_condition": False}), tmp_path)
+    with pytest.raises(ValueError, match="which has no config.json"):
+        load_weights(tiny_pipeline.unet, tmp_path / "scheduler" / "nothing")

@@ -1,0 +1,138 @@
+"""Trains a judge: a network that reads which objects an image shows.
+
+accelerate launch train_scripts/train_classifier.py --data /data/iclevr --output_dir outputs/judge
+
+The train split is trained on, the validation split is scored after every pass over it, and the held-out split once, at
+the end; nothing is chosen by either score.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iclevr_diffusion.augmentation import augment
+from iclevr_diffusion.config import LearningRateSchedule, TrainConfig, option, parse_config
+from iclevr_diffusion.data import BatchLoader, ImageStore, normalize, open_store
+from iclevr_diffusion.evaluation import load_judge
+from iclevr_diffusion.models.classifier import LabelClassifier
+from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+from iclevr_diffusion.scores import score_images
+from iclevr_diffusion.training import TrainingRun
+
+
+@dataclass(kw_only=True)
+class ClassifierConfig(TrainConfig):
+    """Trains a judge: a network that reads which objects an image shows."""
+
+    output_dir: str = option("outputs/judge", "folder of everything that the run writes", may_change=True)
+    data: tuple[str, ...] = option(("ICLEVR_ROOT",), "folders in the course's layout; ICLEVR_ROOT: that variable's")
+    evaluate_on: tuple[str, ...] = option((), "more folders, whose held-out split is scored too", may_change=True)
+    model: Literal["small", "resnet18", "resnet50"] = option(
+        "small", "the network; the course's evaluator is resnet18"
+    )
+    resolution: int = option(64, "height and width of the images in pixels")
+    max_steps: int = option(3500, "optimisation steps")
+    learning_rate: float = option(2e-3, "learning rate after the warm-up")
+    lr_schedule: LearningRateSchedule = option("cosine", "course of the learning rate after the warm-up")
+    warmup_steps: int = option(500, "steps over which the learning rate rises")
+    weight_decay: float = option(0.05, "decay of the weights towards 0, times the learning rate, a step")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data:
+            raise ValueError("`data` must name at least one folder, got none.")
+
+
+class MixedBatches:
+    """Batches of several folders, each with a share of every batch as large as its share of all images."""
+
+    def __init__(self, stores: list[ImageStore], run: TrainingRun) -> None:
+        splits = [store.indices("train") for store in stores]
+        self.num_images = sum(map(len, splits))
+        ends = np.rint(np.cumsum([0, *map(len, splits)]) * run.config.batch_size / max(1, self.num_images))
+        processes = {name: getattr(run.accelerator, name) for name in ("device", "num_processes", "process_index")}
+        self.loaders = [
+            BatchLoader(store, indices, int(share), seed=run.config.seed, **processes)
+            for store, indices, share in zip(stores, splits, np.diff(ends), strict=True)
+        ]
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Returns batch `step` of every folder, one after the other."""
+        parts = [loader.batch(step) for loader in self.loaders]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@torch.no_grad()
+def read_split(judge: nn.Module, store: ImageStore, split: str) -> tuple[Tensor, Tensor]:
+    """Returns the logits of a split's images and their true labels, both (num_images, num_classes)."""
+    judge.eval()
+    indices = store.indices(split)
+    logits = [torch.empty(0, len(store.vocabulary))]
+    for start in range(0, len(indices), 128):
+        pixel_values = torch.from_numpy(store.pixel_values[indices[start : start + 128]])
+        logits.append(judge(normalize(pixel_values.to(judge.device))).logits.float().cpu())
+    return torch.cat(logits), torch.from_numpy(store.class_labels[indices]).float()
+
+
+def main(config: ClassifierConfig) -> None:
+    run = TrainingRun(config)
+    stores: dict[str, ImageStore] = {}
+    for root in (*config.data, *config.evaluate_on):
+        # The numbers that the first folder gives to the labels hold for all of them.
+        vocabulary = stores[config.data[0]].vocabulary if stores else None
+        folder = None if root == "ICLEVR_ROOT" else root
+        stores[root] = open_store(folder, resolution=config.resolution, vocabulary=vocabulary)
+    train_stores = [stores[root] for root in config.data]
+    vocabulary = train_stores[0].vocabulary
+    run.pin(data=" ".join(store.sha256 for store in train_stores))
+    loader = MixedBatches(train_stores, run)
+    images_per_step = config.batch_size * config.gradient_accumulation_steps * run.accelerator.num_processes
+
+    arguments = {"image_size": config.resolution, "label_names": list(vocabulary.names)}
+    if config.model == "small":
+        judge = SmallLabelClassifier(len(vocabulary), **arguments)
+    else:
+        judge = LabelClassifier.from_preset(config.model, num_classes=len(vocabulary), **arguments)
+    judge = judge.to(memory_format=torch.channels_last)  # trains the small one faster
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    judge, optimizer, lr_scheduler = run.prepare(judge, optimizer, run.lr_scheduler(optimizer))
+
+    for batch in run.batches(loader):
+        judge.train()
+        pixel_values = augment(normalize(batch["pixel_values"]))
+        loss = F.binary_cross_entropy_with_logits(judge(pixel_values).logits, batch["class_labels"])
+
+        run.backward(loss)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        run.log(loss=loss)
+        if run.every(max(1, loader.num_images // images_per_step)):
+            parts = [read_split(run.unwrap(judge), store, "validation") for store in train_stores]
+            logits, class_labels = map(torch.cat, zip(*parts, strict=True))
+            if len(logits):  # a small data set can have no validation image
+                scores = score_images(logits, class_labels)
+                run.log(**{f"validation_{name}": scores[name] for name in ("exact_match", "top_k")})
+                run.print(f"step {run.step}, validation: {scores}")
+
+    folder = run.save_pipeline(run.unwrap(judge), "judge")
+    judge = load_judge(folder).to(run.accelerator.device)  # what is scored is what was written
+    results = {"model": config.model, "max_steps": config.max_steps, "num_train_images": loader.num_images}
+    results["held_out"] = {}
+    for root, store in stores.items():
+        logits, class_labels = read_split(judge, store, "held-out")
+        if len(logits):
+            results["held_out"][root] = score_images(logits, class_labels) | {"data_sha256": store.sha256}
+    if run.accelerator.is_main_process:
+        (run.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    run.print(json.dumps(results, indent=2), f"\nThe judge is in {folder}.")
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(parse_config(ClassifierConfig))

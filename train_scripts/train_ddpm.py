@@ -1,0 +1,139 @@
+"""Trains a conditional diffusion model; without `--data` it renders its own scenes first.
+
+accelerate launch train_scripts/train_ddpm.py --config train_scripts/recipes/tiny_rendered.yaml
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from iclevr_diffusion import ConditionalDDPMPipeline, MultiLabelUNet2DModel
+from iclevr_diffusion.augmentation import random_flip
+from iclevr_diffusion.config import LearningRateSchedule, option, parse_config
+from iclevr_diffusion.data import normalize
+from iclevr_diffusion.diffusion import add_noise, min_snr_weight, noise_levels, sample_times, training_target
+from iclevr_diffusion.ema import ExponentialMovingAverage
+from iclevr_diffusion.training import TrainingRun, load_weights
+from iclevr_diffusion.training_data import DataConfig, TrainingData
+from iclevr_diffusion.validation import Validation
+
+ARCHITECTURE = ("patch_size", "block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim")
+
+
+@dataclass(kw_only=True)
+class DDPMConfig(DataConfig):
+    """Trains a conditional diffusion model; without --data it renders its own scenes first."""
+
+    flip: bool = option(False, "mirror half of the images")
+    preset: Literal["reported", "base", "tiny"] = option("tiny", "size of the network; the next fields change parts")
+    patch_size: int | None = option(None, "side of the squares of pixels that are folded into channels")
+    block_out_channels: tuple[int, ...] | None = option(None, "channels per level, finest first")
+    layers_per_block: int | None = option(None, "residual blocks per level")
+    attention_levels: tuple[int, ...] | None = option(None, "levels with self-attention, 0 the finest")
+    attention_head_dim: int | None = option(None, "channels of an attention head")
+    init_from: str | None = option(None, "pipeline or network folder whose weights are the first ones")
+    gradient_checkpointing: bool = option(False, "save memory, for a third more time")
+    compile: bool = option(False, "compile the network with torch.compile")
+
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] = option("flow", "what the network predicts")
+    beta_schedule: str = option("squaredcos_cap_v2", "noise schedule of diffusers' schedulers, where not flow")
+    sampler: Literal["ddpm", "ddim"] = option("ddim", "scheduler that is saved, where not flow", may_change=True)
+    time_sampling: Literal["uniform", "logit-normal"] = option("logit-normal", "how training times are drawn")
+    time_shift: float = option(4.0, "above 1, times (and a flow's sampling steps) move towards noise")
+    min_snr_gamma: float | None = option(None, "gamma of min-SNR weighting, 5 in its paper; none weighs all alike")
+    label_dropout: float = option(0.1, "share of images trained without labels, which guidance needs")
+    standardize: bool = option(True, "show the network images less their mean, at unit variance")
+    learning_rate: float = option(6e-4, "learning rate after the warm-up")
+    warmup_steps: int = option(200, "steps over which the learning rate rises")
+    lr_schedule: LearningRateSchedule = option("warmup-stable-decay", "course of the learning rate after the warm-up")
+    weight_decay: float = option(0.01, "weight decay of AdamW")
+    ema_decay: float = option(0.9995, "decay of the averaged weights, the ones that are saved")
+
+    sample_every: int = option(500, "steps between grids of samples; 0 is never", may_change=True)
+    score_every: int = option(1000, "steps between scores on validation labels; 0 is never", may_change=True)
+    judge: str | None = option(None, "judge folder that scores samples; none scores nothing", may_change=True)
+    num_conditions: int = option(64, "validation label sets to score on; 16 are also drawn", may_change=True)
+    num_inference_steps: int = option(20, "sampling steps, here and by the pipeline's default", may_change=True)
+    guidance_scale: float = option(2.0, "guidance, here and by the pipeline's default; 1 is off", may_change=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"`label_dropout` must lie in [0, 1), got {self.label_dropout}.")
+        if self.label_dropout == 0 and self.guidance_scale != 1:
+            raise ValueError(f"`guidance_scale` must be 1 without `label_dropout`, got {self.guidance_scale}.")
+
+
+def main(config: DDPMConfig) -> None:
+    run = TrainingRun(config)
+    data = TrainingData(run, config)
+
+    unet = MultiLabelUNet2DModel.from_preset(
+        config.preset,
+        num_classes=len(data.store.vocabulary),
+        sample_size=config.resolution,
+        prediction_type=config.prediction_type,
+        null_condition=config.label_dropout > 0,
+        empty_condition=not data.store.class_labels[data.indices].any(axis=1).all(),
+        **{name: getattr(config, name) for name in ARCHITECTURE if getattr(config, name) is not None},
+    )
+    if config.init_from is not None:
+        load_weights(unet, config.init_from, data.store.vocabulary.names)
+    if config.standardize:
+        unet.set_data_statistics(*data.store.statistics(data.indices))
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    ema = run.track(ExponentialMovingAverage(unet, config.ema_decay))
+    if config.compile:
+        unet.compile()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    model, optimizer, lr_scheduler = run.prepare(unet, optimizer, run.lr_scheduler(optimizer))
+
+    if config.prediction_type == "flow":
+        scheduler, alphas_cumprod = FlowMatchEulerDiscreteScheduler(shift=config.time_shift), None
+    else:
+        options = {"prediction_type": config.prediction_type, "clip_sample": False, "timestep_spacing": "trailing"}
+        scheduler_class = DDPMScheduler if config.sampler == "ddpm" else DDIMScheduler
+        scheduler = scheduler_class(beta_schedule=config.beta_schedule, **options)
+        alphas_cumprod = scheduler.alphas_cumprod.to(run.accelerator.device)
+    names, defaults = data.store.vocabulary.names, (config.num_inference_steps, config.guidance_scale)
+    pipeline = ConditionalDDPMPipeline(ema.model, scheduler, names, *defaults)
+    validation = Validation(run, pipeline, data.choose_conditions(config.num_conditions), config.judge)
+
+    for batch in run.batches(data.loader):
+        pixel_values, class_labels = normalize(batch["pixel_values"]), batch["class_labels"]
+        x_0 = unet.standardize(random_flip(pixel_values) if config.flip else pixel_values)
+        noise = torch.randn_like(x_0)
+        times = sample_times(len(x_0), config.time_sampling, shift=config.time_shift, device=x_0.device)
+        timesteps, alpha, sigma = noise_levels(times, alphas_cumprod)
+        null_mask = torch.rand(len(x_0), device=x_0.device) < config.label_dropout if config.label_dropout else None
+        x_t = add_noise(x_0, noise, alpha, sigma)
+        prediction = model(x_t, timesteps, class_labels, null_mask).sample.float()
+        error = (prediction - training_target(config.prediction_type, x_0, noise, alpha, sigma)).square()
+        if config.min_snr_gamma is not None:
+            error = error * min_snr_weight(config.prediction_type, alpha, sigma, config.min_snr_gamma)
+        loss = error.mean()
+
+        run.backward(loss)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        run.log(loss=loss)
+        if run.sync_gradients:
+            ema.step(unet)
+
+        if run.every(config.sample_every):
+            validation.draw()
+        if run.every(config.score_every):
+            validation.score()
+        if run.every(config.save_every):
+            run.save_pipeline(pipeline)
+
+    run.save_pipeline(pipeline)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(parse_config(DDPMConfig))
