@@ -12,6 +12,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from safetensors.torch import load_file
 
 from iclevr_diffusion import ICLEVR_LABELS, ConditionalDDPMPipeline
 from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
@@ -95,7 +96,6 @@ def test_the_saved_pipeline_holds_the_averaged_weights(train, tmp_path):
     folder = train(tmp_path / "run", max_steps=3)
     pipeline = ConditionalDDPMPipeline.from_pretrained(folder / "pipeline")
     unet = pipeline.unet.state_dict()
-    from safetensors.torch import load_file
 
     averaged = load_file(newest_checkpoint(folder / "checkpoints") / "ema.safetensors")
     current = load_file(newest_checkpoint(folder / "checkpoints") / "model_0.safetensors")
@@ -181,10 +181,8 @@ def test_guidance_without_label_dropout_is_refused_before_any_work():
         train_ddpm.DDPMConfig(label_dropout=0.0)
 
 
-@pytest.mark.parametrize("recipe", sorted((SCRIPTS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_read_and_states_its_hardware(recipe):
-    if recipe.stem.startswith("judge"):
-        pytest.skip("a recipe of another script")
+@pytest.mark.parametrize("recipe", sorted((SCRIPTS / "recipes").glob("[!j]*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_but_those_of_judges_is_read_and_states_its_hardware(recipe):
     parse_config(train_ddpm.DDPMConfig, ["--config", str(recipe)])
     assert "Hardware:" in recipe.read_text().split("output_dir")[0]
 

@@ -1,5 +1,6 @@
 import importlib
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -317,9 +318,11 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
             if generator is not None:
                 raise ValueError("`seeds` and `generator` must not both be given; `seeds` has one integer an image.")
             seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-            if len(seeds) != num_images or not all(isinstance(seed, (int, np.integer)) for seed in seeds):
+            is_seed = [isinstance(seed, (int, np.integer)) and 0 <= seed < 2**63 for seed in seeds]
+            if len(seeds) != num_images or not all(is_seed):
                 raise ValueError(
-                    f"`seeds` must hold {num_images} integers, one an image, got {len(seeds)}: {str(seeds)[:80]}."
+                    f"`seeds` must hold {num_images} integers from 0 to 2**63 - 1, one an image, got {len(seeds)}:"
+                    f" {str(seeds)[:80]}."
                 )
             return [int(seed) for seed in seeds]
         if not isinstance(generator, list):
@@ -339,6 +342,8 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`guidance_interval` must be two fractions of the way with 0 <= start <= stop <= 1, got {guidance_interval}."
             )
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}; 1 is off.")
         if guidance_scale == 1.0:
             return
         if class_labels is None:
