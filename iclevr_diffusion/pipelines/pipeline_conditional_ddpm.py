@@ -56,8 +56,6 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
         default_guidance_scale: Guidance scale used when a call does not say.
     """
 
-    model_cpu_offload_seq = "unet"
-
     def __init__(
         self,
         unet: nn.Module,

@@ -14,11 +14,14 @@ CAMERA = (7.48113, -6.50764, 5.34367)
 LIGHTS = ((6.44671, -2.90517, 4.25840), (-4.67112, -4.01360, 3.01122), (-1.16854, 2.64602, 5.81574))
 CAMERA_JITTER, LIGHT_JITTER = 0.5, 1.0
 
-# Where i-CLEVR's objects stand, in world units. In 6,003 real scenes the pixels whose colour changes from one image to
-# the next show the new object; their centroids, taken back to the floor through CAMERA, fill a square of half side 3
-# evenly but for a disk around each other object (1 % of all distances to the first object lie under 2.36, 5 % under
-# 2.48, 25 % under 2.73) and a faint gap along the camera's axes. Scenes drawn by this rule and measured alike give
-# 2.35, 2.47 and 2.72.
+# Where i-CLEVR's objects stand, in world units. In its 6,003 scenes the pixels whose colour changes from one image to
+# the next show the new object (gray ones left out); their centroids, taken back to the floor through CAMERA, fill a
+# square of half side 3 evenly, but for a disk around each other object and a faint gap along the camera's axes. 6,003
+# scenes drawn by this rule and measured alike agree:
+#   percentiles 1, 5, 50, 95 of the distance to the first object   real 2.35 2.47 2.99 3.84   drawn 2.35 2.48 2.97 3.80
+#   the same between the second and the third object               real 2.49 2.84 4.99 6.62   drawn 2.47 2.81 4.98 6.55
+#   percentiles 1, 5, 50, 95 of the pixels that a new one shows    real 37 45 97 207          drawn 37 45 94 196
+#   part of the first object that later ones hide, on average      real .0088                 drawn .0067
 HALF_SIDE = 3.0
 MIN_DISTANCE = 2.45
 MIN_AXIS_DISTANCE = 0.1
