@@ -30,6 +30,8 @@ endef
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/iclevr-sample $(DEMO_LABELS) $(DEMO_SAMPLE_FLAGS) --out $(DEMO_FOLDER)/samples
+# The last demo's scores may be of other weights, and an evaluation goes on only with its own.
+	rm -rf "$(DEMO_FOLDER)/scores"
 	$(VENV)/bin/iclevr-evaluate $(DEMO_EVALUATE_FLAGS) --out $(DEMO_FOLDER)/scores
 	@echo "The drawn images lie in $(DEMO_FOLDER)/samples, their scores in $(DEMO_FOLDER)/scores."
 

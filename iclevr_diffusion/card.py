@@ -106,7 +106,13 @@ def describe_training(output_dir: str | Path) -> dict[str, Any]:
     }
 
 
-def render_card(folder: str | Path, facts: str | Path | Mapping[str, Any] | None, *, name: str | None = None) -> str:
+def render_card(
+    folder: str | Path,
+    facts: str | Path | Mapping[str, Any] | None,
+    *,
+    name: str | None = None,
+    records: Mapping[str, Any] | None = None,
+) -> str:
     """Writes out the model card of a published folder: the template, the words of `facts`, the numbers of the folder.
 
     Every number comes from the weights, the configurations, `results.json` or `training.json` in `folder`.
@@ -115,6 +121,7 @@ def render_card(folder: str | Path, facts: str | Path | Mapping[str, Any] | None
         folder: The published folder.
         facts: The words, as a YAML file or a mapping of the form of `Facts`.
         name: Name of the model; the folder's if not given.
+        records: Contents that take the place of those of `results.json` and `training.json` in the folder.
 
     Returns:
         The text of its `README.md`.
@@ -123,7 +130,9 @@ def render_card(folder: str | Path, facts: str | Path | Mapping[str, Any] | None
     name = name or folder.name
     facts = read_facts(facts, default_title=name)
     index = _read(folder / "model_index.json")
-    results, training = _read(folder / "results.json"), _read(folder / "training.json")
+    results, training = (
+        (records or {}).get(file) or _read(folder / file) for file in ("results.json", "training.json")
+    )
     network = folder / "unet" if index else folder
     config = _read(network / "config.json")
     if index:

@@ -28,6 +28,13 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_pipeline(args: argparse.Namespace, device: str | torch.device | None) -> DiffusionPipeline:
     """Opens the pipeline that the flags of `add_pipeline_arguments` name, on `device`, with the scheduler they name."""
+    try:  # an unknown device and one that this machine lacks fail only once they are used
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"`device` must be one of this machine's, such as cpu or cuda, got {str(device)!r}: {reason}"
+        ) from error
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     pipeline = load_pipeline(args.pipeline, revision=args.revision, device=device, dtype=dtype)
     if args.scheduler is not None:

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from iclevr_diffusion.command_line import add_pipeline_arguments, open_pipeline
 from iclevr_diffusion.data import open_store
 from iclevr_diffusion.evaluation import Evaluator, load_judge
-from iclevr_diffusion.hub import DEFAULT_JUDGE, DEFAULT_PIPELINE, shipped_folder
+from iclevr_diffusion.hub import DEFAULT_JUDGE, DEFAULT_PIPELINE
 from iclevr_diffusion.labels import read_label_lists
 from iclevr_diffusion.scores import format_results
 
@@ -33,8 +33,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--judges",
         nargs="+",
-        default=[DEFAULT_JUDGE],
-        help=f"folders of classifiers; by default {DEFAULT_JUDGE}, which comes along",
+        default=None,
+        help="folders or hub ids of classifiers, or the course's checkpoint.pth; by default"
+        f" {DEFAULT_JUDGE}, which comes along",
     )
     parser.add_argument(
         "--judges_used_in_training", nargs="+", default=[], help="names of judges that also taught the pipeline"
@@ -42,7 +43,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=int, default=30, help="images of each condition; under 10 the result is marked quick"
     )
-    parser.add_argument("--out", required=True, help="folder of this evaluation")
+    parser.add_argument("--out", default="outputs/scores", help="folder of this evaluation; by default outputs/scores")
     parser.add_argument(
         "--data",
         default=None,
@@ -52,15 +53,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def by_name(sources: Sequence[str], flag: str) -> dict[str, Path]:
-    """Names files or folders by the last part of their path, and refuses two of one name."""
-    paths: dict[str, Path] = {}
+def by_name(sources: Sequence[str], flag: str) -> dict[str, str]:
+    """Names files or folders by the last part of their path, and refuses two of one name.
+
+    A folder called `judge`, as every training of a judge writes one, has the name of the run, the folder it lies in.
+    """
+    named: dict[str, str] = {}
     for source in sources:
-        name = Path(source).resolve().name.removesuffix(".json")
-        if name in paths:
-            raise ValueError(f"`{flag}` must have distinct names, got {paths[name]} and {source}; rename one.")
-        paths[name] = Path(source)
-    return paths
+        path = Path(source).resolve()
+        is_run = flag == "judges" and path.name == "judge"
+        name = path.parent.name if is_run else path.name.removesuffix(".json").removesuffix(".pth")
+        if name in named:
+            raise ValueError(f"`{flag}` must have distinct names, got {named[name]} and {source}; rename one.")
+        named[name] = source
+    return named
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -71,14 +77,15 @@ def evaluate(args: argparse.Namespace) -> None:
     pipeline = open_pipeline(args, args.device or state.device)
     pipeline.set_progress_bar_config(disable=True)
     lists = {}
-    for name, path in by_name(args.labels, "labels").items():
+    for name, source in by_name(args.labels, "labels").items():
         # The course's own file names work where there are no such files.
+        path = Path(source)
         packaged = name in ("test", "new_test") and path.parent == Path() and not path.is_file()
         lists[name] = read_label_lists(name if packaged else path, pipeline.vocabulary)
-    judges = {}
-    for name, path in by_name(args.judges, "judges").items():
-        path = shipped_folder(name) if name == DEFAULT_JUDGE and not path.exists() else path
-        judges[name] = load_judge(path, pipeline.vocabulary.names)
+    judges = {
+        name: load_judge(source, pipeline.vocabulary.names)
+        for name, source in by_name(args.judges or [DEFAULT_JUDGE], "judges").items()
+    }
     evaluator = Evaluator(
         pipeline,
         judges,

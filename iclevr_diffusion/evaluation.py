@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import iclevr_diffusion
+from iclevr_diffusion.conversion import convert_evaluator_checkpoint
 from iclevr_diffusion.data import ImageStore, normalize
 from iclevr_diffusion.images import file_stem, make_grid, make_strip, save_png
 from iclevr_diffusion.models.classifier import LabelClassifier
@@ -48,27 +50,22 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-JUDGE_CLASSES = (LabelClassifier, SmallLabelClassifier)
 
 
 def load_judge(path: str | Path, label_names: Sequence[str] | None = None) -> LabelClassifier | SmallLabelClassifier:
-    """Opens a judge's folder, as written by `save_pretrained`, in eval mode.
+    """Opens a judge in eval mode and float32, without running any code that lies beside its weights.
 
     Args:
-        path: Folder with `config.json` and safetensors weights.
+        path: A folder with `config.json` and safetensors weights, a hub's `owner/name`, the name of a judge that comes
+            with the package, or the course's `checkpoint.pth`.
         label_names: Names that the judge must know, in this order; None takes the judge as it is.
+
+    Raises:
+        ValueError: If there is no such judge, its weights are not those of its configuration, or it judges other labels.
     """
-    config_file = Path(path) / "config.json"
-    known = ", ".join(cls.__name__ for cls in JUDGE_CLASSES)
-    if not config_file.is_file():
-        raise ValueError(f"A judge is a folder with a config.json of one of {known}; there is no {config_file}.")
-    class_name = json.loads(config_file.read_text(encoding="utf-8")).get("_class_name")
-    for judge_class in JUDGE_CLASSES:
-        if judge_class.__name__ == class_name:
-            judge = judge_class.from_pretrained(str(path), use_safetensors=True).eval()
-            break
-    else:
-        raise ValueError(f"{config_file} describes a {class_name}, which is no judge; expected one of {known}.")
+    from iclevr_diffusion.hub import open_judge  # here, as the hub's module opens judges too
+
+    judge = convert_evaluator_checkpoint(path) if Path(path).suffix == ".pth" else open_judge(path)
     if label_names is not None:
         check_judge_labels(judge, label_names, name=str(path))
     return judge
@@ -76,7 +73,11 @@ def load_judge(path: str | Path, label_names: Sequence[str] | None = None) -> La
 
 def check_judge_labels(judge: nn.Module, label_names: Sequence[str], *, name: str = "The judge") -> None:
     """Refuses a judge whose outputs stand for other objects than `label_names`, in that order."""
-    theirs, ours = list(judge.config.label_names or []), list(label_names)
+    if label_names is None:
+        raise ValueError("`label_names` must be the names that the judge must know, in their order, got None.")
+    if judge.config.label_names is None:
+        raise ValueError(f"{name} does not say which labels it judges; make it with `label_names` and save it again.")
+    theirs, ours = list(judge.config.label_names), list(label_names)
     if theirs == ours:
         return
     if sorted(theirs) == sorted(ours):
@@ -124,7 +125,8 @@ class Evaluator:
     Args:
         pipeline: The pipeline to be scored.
         judges: Networks with one logit a label, by the names they get in the results.
-        lists: Lists of conditions by name; a condition is the list of the labels of one image.
+        lists: Lists of conditions by name; a condition is the labels of one image. Any spelling that the pipeline
+            accepts will do, but tensors and arrays of weights other than 0 and 1.
         output_dir: Folder for records, images and results.
         num_seeds: How many images are drawn of each condition.
         num_inference_steps: Steps of the scheduler; None takes the pipeline's own.
@@ -138,7 +140,7 @@ class Evaluator:
         self,
         pipeline: DiffusionPipeline,
         judges: Mapping[str, nn.Module],
-        lists: Mapping[str, Sequence[Sequence[str]]],
+        lists: Mapping[str, Sequence[Sequence[str | int]] | Tensor | np.ndarray],
         output_dir: str | Path,
         *,
         num_seeds: int = 30,
@@ -167,18 +169,26 @@ class Evaluator:
             raise ValueError(
                 f"`judges_used_in_training` must name some of the judges {list(judges)}, got {strangers}."
             )
-        self.class_labels = {}
+        self.class_labels, self.lists = {}, {}
+        vocabulary = pipeline.vocabulary
         for name, conditions in lists.items():
             if len(conditions) == 0:
                 raise ValueError(f"`lists[{name!r}]` must hold at least one condition, got an empty list.")
             try:
-                self.class_labels[name] = pipeline.encode_labels(conditions)
+                class_labels = pipeline.encode_labels(conditions).cpu()
             except ValueError as error:
                 raise ValueError(f"`lists[{name!r}]`: {error}") from None
-            if (self.class_labels[name].sum(dim=1) == 0).any():
+            if (class_labels.sum(dim=1) == 0).any():
                 raise ValueError(
                     f"`lists[{name!r}]` must name at least one label in every condition, got an empty one."
                 )
+            if not torch.isin(class_labels, torch.tensor([0.0, 1.0])).all():
+                raise ValueError(f"`lists[{name!r}]` must hold zeros and ones, got {class_labels.max():g} at most.")
+            self.class_labels[name] = class_labels
+            if isinstance(conditions, (Tensor, np.ndarray)):
+                self.lists[name] = vocabulary.decode(class_labels)
+            else:  # in the caller's order
+                self.lists[name] = [[vocabulary.names[vocabulary.index(label)] for label in row] for row in conditions]
         for name, judge in judges.items():
             check_judge_labels(judge, pipeline.vocabulary.names, name=f"`judges[{name!r}]`")
             if judge.config.image_size != pipeline.unet.config.sample_size:
@@ -189,7 +199,6 @@ class Evaluator:
         self.state = PartialState()
         self.pipeline = pipeline
         self.judges = {name: judge.to(pipeline.device).float().eval() for name, judge in judges.items()}
-        self.lists = {name: [list(labels) for labels in conditions] for name, conditions in lists.items()}
         self.output_dir = Path(output_dir)
         self.num_seeds = num_seeds
         self.num_inference_steps = num_inference_steps
@@ -214,9 +223,9 @@ class Evaluator:
         self.draw()
         results = self.results(held_out)
         if self.state.is_main_process:
+            _write_text(self.output_dir / "results.json", json.dumps(results, indent=2) + "\n")
             for list_name in self.lists:
                 self._write_pictures(list_name)
-            _write_text(self.output_dir / "results.json", json.dumps(results, indent=2) + "\n")
         self.state.wait_for_everyone()
         return results
 
@@ -232,8 +241,12 @@ class Evaluator:
         self.state.wait_for_everyone()
 
     def results(self, held_out: dict[str, Any]) -> dict[str, Any]:
-        """Scores the drawn images and says how, with what and on what they were made."""
+        """Scores the drawn images and says how, with what and on what they were made.
+
+        `environment` is what the last of them were drawn on; if it changed meanwhile, `environments` lists all.
+        """
         logits, seconds_per_image = self._read_logits()
+        environments = self._drawn_on()
         names = self.pipeline.vocabulary.names
         scores: dict[str, Any] = {}
         for judge_name in self.judges:
@@ -262,8 +275,8 @@ class Evaluator:
             "scores": scores,
             "held_out_images": held_out,
             "images_per_second_per_process": 1 / seconds_per_image,
-            "environment": _environment(self.pipeline.device, self.state.num_processes),
-        }
+            "environment": environments[-1],
+        } | ({"environments": environments} if len(environments) > 1 else {})
 
     def judge_held_out(self, store: ImageStore) -> dict[str, Any]:
         """Gives each judge's own score on the held-out images of `store`, in all and by number of objects."""
@@ -314,7 +327,7 @@ class Evaluator:
 
     def _pending_batches(self) -> list[list[Unit]]:
         """Cuts what is still to be drawn into batches, the first replicate, whose images are kept, by itself."""
-        recorded = {unit for units, _, _ in self._read_records() for unit in units}
+        recorded = {unit for record in self._read_records() for unit in record["units"]}
         pending: tuple[list[Unit], list[Unit]] = ([], [])
         for replicate in range(self.num_seeds):
             for list_name, conditions in self.lists.items():
@@ -365,6 +378,8 @@ class Evaluator:
         # float(str(x)) is the shortest decimal of a float32, so that the numbers come back to the bit.
         record = {
             "units": batch,
+            "time": time.time(),
+            "environment": self._environment,
             "seconds": seconds,
             "logits": {name: [[float(str(x)) for x in row] for row in rows.numpy()] for name, rows in logits.items()},
         }
@@ -386,14 +401,45 @@ class Evaluator:
                 logits[name].append(judge(images).logits[:num_real].float().cpu())
         return {name: torch.cat(parts) for name, parts in logits.items()}
 
-    def _read_records(self) -> Iterator[tuple[list[Unit], dict[str, Any], float]]:
+    @cached_property
+    def _environment(self) -> dict[str, Any]:
+        """Names machine, versions and, where the package lies in a checkout, its commit and whether it was changed."""
+        checkout = Path(__file__).resolve().parents[1]
+        commit = None
+        if (checkout / ".git").exists() and shutil.which("git"):
+            describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            command = ["git", "-C", str(checkout), *describe]
+            commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+        device = self.pipeline.device
+        packages = ("torch", "diffusers", "accelerate", "transformers", "numpy")
+        return {
+            "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "num_cpus": os.cpu_count(),
+            "num_processes": self.state.num_processes,
+            "python": platform.python_version(),
+            "versions": {"iclevr_diffusion": iclevr_diffusion.__version__}
+            | {name: importlib.metadata.version(name) for name in packages},
+            "git_commit": commit,
+        }
+
+    def _drawn_on(self) -> list[dict[str, Any]]:
+        """Lists what the images were drawn on, each environment once, the one used last at the end."""
+        environments: list[dict[str, Any]] = []
+        for record in sorted(self._read_records(), key=lambda record: record["time"]):
+            if all(replicate >= self.num_seeds for _, _, replicate in record["units"]):
+                continue  # the folder may hold more seeds than are asked for now
+            environments = [known for known in environments if known != record["environment"]]
+            environments.append(record["environment"])
+        return environments
+
+    def _read_records(self) -> Iterator[dict[str, Any]]:
         for file in sorted((self.output_dir / "records").glob("process-*.jsonl")):
             for line in file.read_text(encoding="utf-8").splitlines():
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError:
                     continue  # cut off when the process was stopped; its images are drawn again
-                yield [Unit(*unit) for unit in record["units"]], record["logits"], record["seconds"]
+                yield record | {"units": [Unit(*unit) for unit in record["units"]]}
 
     def _read_logits(self) -> tuple[dict[str, dict[str, Tensor]], float]:
         """Gathers the records as logits (num_conditions, num_seeds, num_classes) by judge and list."""
@@ -406,11 +452,11 @@ class Evaluator:
             for judge_name in self.judges
         }
         total_seconds, num_images = 0.0, 0
-        for units, judged, seconds in self._read_records():
-            total_seconds, num_images = total_seconds + seconds, num_images + len(units)
-            for row, (list_name, position, replicate) in enumerate(units):
+        for record in self._read_records():
+            total_seconds, num_images = total_seconds + record["seconds"], num_images + len(record["units"])
+            for row, (list_name, position, replicate) in enumerate(record["units"]):
                 if replicate < self.num_seeds:  # the folder may hold more seeds than are asked for now
-                    for judge_name, rows in judged.items():
+                    for judge_name, rows in record["logits"].items():
                         logits[judge_name][list_name][position, replicate] = torch.tensor(rows[row])
         return logits, total_seconds / max(num_images, 1)
 
@@ -421,15 +467,30 @@ class Evaluator:
     def _write_pictures(self, list_name: str) -> None:
         conditions = self.lists[list_name]
         units = [Unit(list_name, position, 0) for position in range(len(conditions))]
-        images = [Image.open(self._image_file(unit, "images")) for unit in units]
-        make_grid(images, ["\n".join(labels) for labels in conditions]).save(self.output_dir / f"{list_name}_grid.png")
-        strips = [Image.open(self._image_file(unit, "strips")) for unit in units]
-        captions = [", ".join(labels) for labels in conditions]
-        make_grid(strips, captions, columns=2).save(self.output_dir / f"{list_name}_strips.png")
+        metadata = {"labels": conditions, "model": self.pipeline_name}
+        images = [_open_image(self._image_file(unit, "images")) for unit in units]
+        grid = make_grid(images, ["\n".join(labels) for labels in conditions])
+        save_png(grid, self.output_dir / f"{list_name}_grid.png", metadata)
+        strips = [_open_image(self._image_file(unit, "strips")) for unit in units]
+        grid = make_grid(strips, [", ".join(labels) for labels in conditions], columns=2)
+        save_png(grid, self.output_dir / f"{list_name}_strips.png", metadata)
 
 
 def _to_uint8(images: np.ndarray) -> np.ndarray:
     return (images * 255).round().astype(np.uint8)
+
+
+def _open_image(file: Path) -> Image.Image:
+    with Image.open(file) as image:  # a list may be longer than the number of files that can be open at once
+        return image.convert("RGB")
+
+
+def _processor() -> str:
+    """Names the model of the CPU where Linux tells it, else its kind."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -455,23 +516,3 @@ def _append_line(path: Path, line: str) -> None:
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else f"\n{line}"
         file.write(f"{line}\n".encode())
-
-
-def _environment(device: torch.device, num_processes: int) -> dict[str, Any]:
-    """Names machine, versions and, where the package lies in a checkout, its commit."""
-    checkout = Path(__file__).resolve().parents[1]
-    commit = None
-    if (checkout / ".git").exists() and shutil.which("git"):
-        command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    on_gpu = device.type == "cuda"
-    packages = ("torch", "diffusers", "accelerate", "transformers", "numpy")
-    return {
-        "machine": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
-        "num_cpus": os.cpu_count(),
-        "num_processes": num_processes,
-        "python": platform.python_version(),
-        "versions": {"iclevr_diffusion": iclevr_diffusion.__version__}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "git_commit": commit,
-    }

@@ -103,6 +103,20 @@ def load_pipeline(
     return pipeline if device is None else pipeline.to(device)
 
 
+def open_judge(path_or_repo: str | Path) -> LabelClassifier | SmallLabelClassifier:
+    """Opens a judge from a folder, a hub or the package, as `load_pipeline` does a pipeline; `load_judge` also checks it.
+
+    Raises:
+        ValueError: If there is no such judge, or the folder is not whole or holds another model.
+    """
+    folder = _find_folder(path_or_repo, None)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{folder} must be a judge's folder with a config.json, and there is none.")
+    judge_class = _class_named(_class_name(_read_json(config_file).get("_class_name")), JUDGE_CLASSES, config_file)
+    return _load_model(judge_class, folder, torch.float32)
+
+
 def export_pipeline(
     pipeline: ConditionalDDPMPipeline,
     folder: str | Path,
@@ -200,7 +214,7 @@ def published_files(folder: str | Path) -> list[str]:
     The list follows from the configurations, so that a stray file, even one among the weights, is not on it.
 
     Raises:
-        ValueError: If `folder` is no published folder, or one of its files is missing.
+        ValueError: If `folder` is no published folder, or one of its files is missing or lies outside of it.
     """
     folder = Path(folder)
     if (folder / "model_index.json").is_file():
@@ -225,6 +239,16 @@ def published_files(folder: str | Path) -> list[str]:
     else:
         raise ValueError(f"{folder} must be a folder that `export_pipeline` or `export_judge` wrote, and is none.")
     files += ["README.md", *(file for file in RECORDS if (folder / file).is_file())]
+    root = folder.resolve()
+    if outside := [
+        file
+        for file in files
+        if not re.fullmatch(r"(\w[\w-]*/)?\w[\w.-]*", file)
+        or not (folder / file).parent.resolve().is_relative_to(root)
+    ]:
+        raise ValueError(
+            f"{folder} must hold its files itself, but {', '.join(outside)} leads out of it; export the model again."
+        )
     if missing := [file for file in files if not (folder / file).is_file() or (folder / file).is_symlink()]:
         raise ValueError(f"{folder} must be whole, but lacks {', '.join(missing)}; export the model again.")
     return sorted(files)
@@ -257,9 +281,7 @@ def write_card(
     """
     folder = Path(folder).expanduser().absolute()
     published_files(folder)
-    if results is not None:
-        _write_json(folder / "results.json", _scores_of(folder, Path(results)))
-    _write_card(folder, folder.name, facts, training)
+    _write_card(folder, folder.name, facts, training, None if results is None else _scores_of(folder, Path(results)))
     return folder / "README.md"
 
 
@@ -282,7 +304,8 @@ def push_to_hub(
         pipeline: The folder that `export_pipeline` or `export_judge` wrote, with its scores on the card; or a pipeline
             or judge, which is exported first, with a card without scores.
         repo_id: The repository, `owner/name`; it is made if it does not exist.
-        private: Whether a repository that is made is private. One that exists stays as it is.
+        private: Whether a repository that is made is private. One that exists stays as it is; if it is public, it takes
+            the files only with `private=False`.
         dry_run: Whether to list the files and their sizes instead, without any connection.
         token: Access token; the one of `hf auth login` if not given.
         revision: Branch to commit to, made if it does not exist; `main` if not given.
@@ -292,7 +315,8 @@ def push_to_hub(
         The commit, or for a dry run the sizes of the files in bytes by name, which it also prints.
 
     Raises:
-        ValueError: If the model cannot be exported, or the folder is no published folder.
+        ValueError: If the model cannot be exported, the folder is no published folder, or the repository is public and
+            `private` is true.
     """
     if not isinstance(pipeline, (str, Path)):
         with tempfile.TemporaryDirectory() as temporary:
@@ -317,6 +341,11 @@ def push_to_hub(
 
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(
+            f"`private` must be False to upload into {repo_id}, which exists and is public, got True; give"
+            " private=False, or choose another repository."
+        )
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     weights = re.compile(r"(\w+/)?diffusion_pytorch_model[\w.-]*\.(safetensors|json)")
@@ -358,7 +387,10 @@ def _load_component(
     scheduler_class = _scheduler_class(class_name)
     if scheduler_class is not None:
         return scheduler_class.from_pretrained(folder)
-    model_class = _class_named(class_name, MODEL_CLASSES, index_file, "a scheduler of diffusers")
+    return _load_model(_class_named(class_name, MODEL_CLASSES, index_file, "a scheduler of diffusers"), folder, dtype)
+
+
+def _load_model(model_class: type[ModelMixin], folder: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 -- that class
     _weights(folder)
     model, loading = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     if wrong := sorted([*loading["missing_keys"], *loading["unexpected_keys"]]):
@@ -422,11 +454,24 @@ def _save_model(model: ModelMixin, folder: Path, dtype: torch.dtype, max_shard_s
 
 
 def _write_card(
-    folder: Path, name: str, facts: str | Path | Mapping[str, Any] | None, training: str | Path | None
+    folder: Path,
+    name: str,
+    facts: str | Path | Mapping[str, Any] | None,
+    training: str | Path | None,
+    results: Mapping[str, Any] | None = None,
 ) -> None:
-    if training is not None:
-        _write_json(folder / "training.json", describe_training(training))
-    (folder / "README.md").write_text(render_card(folder, facts, name=name), encoding="utf-8")
+    """Writes the records that are given and then the card, once all of them have turned out well."""
+    contents = {"results.json": results, "training.json": None if training is None else describe_training(training)}
+    texts = {file: json.dumps(content, indent=2) + "\n" for file, content in contents.items() if content is not None}
+    records = {file: json.loads(text) for file, text in texts.items()}  # as the card will find them later
+    texts["README.md"] = render_card(folder, facts, name=name, records=records)
+    for file, text in texts.items():
+        unfinished = folder / f".{file}.{os.getpid()}"
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, folder / file)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def _scores_of(folder: Path, file: Path) -> dict[str, Any]:

@@ -48,7 +48,9 @@ def draw(pipeline: DiffusionPipeline, label_lists: list[list[str]], args: argpar
     """Draws each list of labels `args.num_images_per_prompt` times and writes PNG files, grid and strips."""
     labels_of_image = [labels for labels in label_lists for _ in range(args.num_images_per_prompt)]
     seeds = [args.seed + i for i in range(len(labels_of_image))]
-    num_steps = args.num_inference_steps or pipeline.config.default_num_inference_steps
+    num_steps = args.num_inference_steps
+    if num_steps is None:
+        num_steps = pipeline.config.default_num_inference_steps
     scale = pipeline.config.default_guidance_scale if args.guidance_scale is None else args.guidance_scale
     output = pipeline(
         labels_of_image,

@@ -1,11 +1,14 @@
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 from PIL import Image
 
-from iclevr_diffusion import ICLEVR_LABELS, evaluate, sample
+from iclevr_diffusion import ICLEVR_LABELS, evaluate, hub, sample
 from iclevr_diffusion.command_line import make_scheduler
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 
@@ -19,8 +22,8 @@ def pipeline_folder(tiny_pipeline, tmp_path):
 @pytest.fixture
 def judge_folder(tmp_path):
     judge = SmallLabelClassifier(24, 16, label_names=list(ICLEVR_LABELS.names), block_out_channels=(8, 8))
-    judge.save_pretrained(tmp_path / "judge")
-    return tmp_path / "judge"
+    judge.save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def run_sample(pipeline_folder, tmp_path):
             "--out",
             str(out),
         ]
-        sample.main([*arguments, *fixed])
+        sample.main([*fixed, *arguments])
         return out
 
     return run
@@ -126,6 +129,8 @@ def test_prompts_are_read_from_a_file_after_those_of_the_command_line(run_sample
         (["red cube, red cube"], "more than once"),
         ([], "nothing to draw"),
         ([""], "empty scene"),
+        (["red cube", "--device", "abacus"], "`device` must be one of this machine's, .* got 'abacus': "),
+        (["red cube", "--device", "meta"], "`device` must be one of this machine's, .* got 'meta': "),
         (["red cube", "--scheduler", "UNet2DModel"], "must name a scheduler class of diffusers"),
         (["red cube", "--scheduler", "FlowMatchEulerDiscreteScheduler"], "prediction type"),
         (["--prompt_file", "no such file"], "no such file"),
@@ -134,7 +139,12 @@ def test_prompts_are_read_from_a_file_after_those_of_the_command_line(run_sample
 def test_what_cannot_be_drawn_ends_sample_with_one_line(run_sample, arguments, message):
     with pytest.raises(SystemExit, match=message) as stopped:
         run_sample(*arguments)
-    assert str(stopped.value).startswith("iclevr-sample: ")
+    assert str(stopped.value).startswith("iclevr-sample: ") and "\n" not in str(stopped.value)
+
+
+def test_no_step_at_all_is_refused_and_not_replaced_by_the_default(run_sample):
+    with pytest.raises(SystemExit, match="`num_inference_steps` must be .*, got 0"):
+        run_sample("red cube", "--num_inference_steps", "0")
 
 
 def test_a_bad_line_of_a_prompt_file_is_named(run_sample, tmp_path):
@@ -179,7 +189,7 @@ def test_a_solver_named_for_a_flow_model_follows_straight_paths(tiny_pipeline, n
 def test_evaluate_scores_the_packaged_lists_and_prints_a_table(run_evaluate, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     results = run_evaluate("--labels", "test.json", "new_test", "--seeds", "1")
-    lists = results["scores"]["judge"]["lists"]
+    lists = results["scores"]["small"]["lists"]
     assert {name: score["num_labels"] for name, score in lists.items()} == {"test": 72, "new_test": 84}
     assert results["quick"]
     printed = capsys.readouterr().out
@@ -190,14 +200,14 @@ def test_evaluate_prefers_a_file_of_that_name_to_the_packaged_list(run_evaluate,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "test.json").write_text('[["red cube"]]')
     results = run_evaluate("--labels", "test.json", "--seeds", "1", "--scheduler", "DDIMScheduler")
-    assert results["scores"]["judge"]["lists"]["test"]["num_labels"] == 1
+    assert results["scores"]["small"]["lists"]["test"]["num_labels"] == 1
     assert results["settings"]["scheduler"]["_class_name"] == "DDIMScheduler"
 
 
 def test_evaluate_tests_the_judge_on_held_out_images(run_evaluate, tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("ICLEVR_CACHE", str(tmp_path / "cache"))
     results = run_evaluate("--labels", tiny_dataset / "test.json", "--seeds", "1", "--data", tiny_dataset)
-    seen = results["held_out_images"]["judge"]
+    seen = results["held_out_images"]["small"]
     assert seen["num_images"] > 0
     assert seen["num_images"] == sum(part["num_images"] for part in seen["by_num_objects"].values())
 
@@ -223,13 +233,52 @@ def test_a_list_that_does_not_fit_ends_evaluate_with_file_and_entry(run_evaluate
         (["--seeds", "0"], "`num_seeds` must be at least 1"),
         (["--labels", "test", "test.json"], "`labels` must have distinct names"),
         (["--labels", "missing.json"], "missing.json"),
-        (["--judges", "missing"], "there is no missing/config.json"),
+        (["--judges", "missing"], "No model named 'missing' comes with this package"),
+        (["--judges", "./judge-small-rendered"], "there is no folder judge-small-rendered"),
+        (["--judges", "missing.pth"], "got missing.pth, which is no file"),
+        (["--judges", "a/judge", "b/a"], "`judges` must have distinct names, got a/judge and b/a"),
+        (["--device", "abacus"], "`device` must be one of this machine's, .* got 'abacus': "),
         (["--data", "missing"], "missing"),
     ],
 )
 def test_what_cannot_be_evaluated_ends_evaluate_with_one_line(run_evaluate, arguments, message):
     with pytest.raises(SystemExit, match=message):
         run_evaluate(*arguments)
+
+
+def test_judges_are_named_by_their_run_their_file_or_their_folder():
+    sources = ["runs/a/judge", "runs/b/judge/", "c", "course/checkpoint.pth"]
+    assert evaluate.by_name(sources, "judges") == dict(zip(["a", "b", "c", "checkpoint"], sources, strict=True))
+    assert evaluate.by_name(["judge"], "labels") == {"judge": "judge"}
+
+
+@pytest.mark.parametrize("flag", [[], ["--judges", hub.DEFAULT_JUDGE]])
+def test_the_shipped_judge_is_opened_by_default_and_by_its_plain_name(
+    pipeline_folder, judge_folder, tmp_path, monkeypatch, flag
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ICLEVR_ROOT", raising=False)
+    monkeypatch.setattr(hub, "shipped_folder", {hub.DEFAULT_JUDGE: judge_folder}.__getitem__)
+    (tmp_path / "one.json").write_text('[["red cube"]]')
+    fixed = ["--pipeline", str(pipeline_folder), "--num_inference_steps", "2", "--device", "cpu", "--seeds", "1"]
+    evaluate.main([*fixed, "--labels", "one.json", *flag])
+    results = json.loads((tmp_path / "outputs" / "scores" / "results.json").read_text())  # the folder by default
+    assert list(results["scores"]) == [hub.DEFAULT_JUDGE]
+
+
+def test_the_demo_forgets_its_last_scores_which_may_be_of_other_weights(tmp_path):
+    makefile = Path(__file__).resolve().parents[1] / "Makefile"
+    (tmp_path / "demo" / "scores").mkdir(parents=True)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    for name in ("iclevr-sample", "iclevr-evaluate"):
+        (tmp_path / "venv" / "bin" / name).symlink_to("/bin/true")
+    (tmp_path / "venv" / ".installed").touch()
+    command = ["make", "-f", str(makefile), "demo", f"VENV={tmp_path}/venv", f"DEMO_FOLDER={tmp_path}/demo"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    assert [*(tmp_path / "demo").iterdir()] == []
 
 
 @pytest.mark.parametrize("command", [sample, evaluate])

@@ -1,17 +1,20 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from iclevr_diffusion import ICLEVR_LABELS, LabelVocabulary, evaluate
-from iclevr_diffusion.evaluation import Evaluator, image_seed, load_judge, weights_sha256
+from iclevr_diffusion import ICLEVR_LABELS, LabelVocabulary, evaluate, evaluation, hub
+from iclevr_diffusion.evaluation import Evaluator, check_judge_labels, image_seed, load_judge, weights_sha256
 from iclevr_diffusion.models.classifier import LabelClassifier
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.scores import (
@@ -211,11 +214,46 @@ def test_a_saved_judge_is_loaded_as_its_own_class_in_eval_mode(judge, tmp_path):
 
 
 def test_a_folder_without_a_judge_is_refused(tmp_path, tiny_unet):
-    with pytest.raises(ValueError, match="there is no .*config.json"):
+    with pytest.raises(ValueError, match="there is no folder .*nothing"):
         load_judge(tmp_path / "nothing")
-    tiny_unet.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="describes a MultiLabelUNet2DModel, which is no judge"):
+    with pytest.raises(ValueError, match="must be a judge's folder with a config.json, and there is none"):
         load_judge(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json must hold a JSON object, got list"):
+        load_judge(tmp_path)
+    tiny_unet.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="asks for the class 'MultiLabelUNet2DModel'; this package builds Label"):
+        load_judge(tmp_path)
+
+
+def test_a_judge_that_comes_along_is_opened_by_its_name(tmp_path, monkeypatch):
+    make_judge().save_pretrained(tmp_path)
+    monkeypatch.setattr(hub, "shipped_folder", {"shipped": tmp_path}.__getitem__)
+    assert weights_sha256(load_judge("shipped")) == weights_sha256(make_judge())
+
+
+def test_the_courses_checkpoint_is_opened_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "convert_evaluator_checkpoint", {tmp_path / "a.pth": make_judge()}.__getitem__)
+    assert isinstance(load_judge(tmp_path / "a.pth", ICLEVR_LABELS.names), SmallLabelClassifier)
+
+
+def test_a_judge_whose_weights_are_not_those_of_its_configuration_is_refused(tmp_path):
+    make_judge().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({name: value for name, value in weights.items() if name != "classifier.bias"}, file)
+    with pytest.raises(ValueError, match=r"1 tensors are missing or too many: classifier\.bias"):
+        load_judge(tmp_path)
+    save_file(weights | {"second_head": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="1 tensors are missing or too many: second_head"):
+        load_judge(tmp_path)
+
+
+def test_labels_that_are_not_known_are_not_compared():
+    with pytest.raises(ValueError, match="The judge does not say which labels it judges"):
+        check_judge_labels(SmallLabelClassifier(24, 16, block_out_channels=(8, 8)), ICLEVR_LABELS.names)
+    with pytest.raises(ValueError, match="`label_names` must be the names that the judge must know"):
+        check_judge_labels(make_judge(), None)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +302,67 @@ def test_an_evaluation_writes_results_grids_strips_and_images(make_evaluator, tm
     strip = Image.open(out / "strips" / "first" / "0001_gray-cube_blue-sphere.png")
     assert strip.size == (16 * 3, 16)  # two steps and the result
     assert (np.asarray(strip)[:, -16:] == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize(
+    "as_given",
+    [
+        lambda multi_hot: [[8, 1], [0]],
+        lambda multi_hot: multi_hot,
+        lambda multi_hot: multi_hot.numpy().astype(bool),
+    ],
+    ids=["indices", "tensor", "array"],
+)
+def test_labels_in_any_spelling_are_drawn_and_written_by_name(make_evaluator, tmp_path, as_given):
+    names = [[ICLEVR_LABELS.names[index] for index in row] for row in ([8, 1], [0])]
+    given = as_given(ICLEVR_LABELS.encode(names))
+    results = make_evaluator(lists={"mine": given}, num_seeds=1).run()
+    named = make_evaluator(lists={"mine": names}, num_seeds=1, output_dir=tmp_path / "named").run()
+    order = names if isinstance(given, list) else [sorted(names[0], key=ICLEVR_LABELS.index), names[1]]
+    assert results["settings"]["lists"] == {"mine": order}
+    assert results["scores"] == named["scores"]
+
+
+def test_results_are_written_before_the_pictures(make_evaluator, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "make_grid", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_evaluator(num_seeds=1).run()
+    assert (tmp_path / "evaluation" / "results.json").is_file()
+    assert not [*(tmp_path / "evaluation").glob("*.png")]
+
+
+def test_no_image_file_is_open_while_the_grid_is_laid_out(make_evaluator, monkeypatch):
+    opened, open_image, make_grid = [], Image.open, evaluation.make_grid
+
+    def checked_grid(*arguments, **options):
+        assert opened and all(image.fp is None for image in opened)
+        return make_grid(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(open_image(file)) or opened[-1])
+    monkeypatch.setattr(evaluation, "make_grid", checked_grid)
+    make_evaluator(num_seeds=1).run()
+
+
+def test_the_environment_is_that_of_the_drawing_and_not_of_a_later_call(make_evaluator, monkeypatch):
+    def on(machine, **arguments):
+        monkeypatch.setattr(Evaluator, "_environment", {"machine": machine})
+        return make_evaluator(**arguments).run()
+
+    first = on("first", num_seeds=1)
+    assert first["environment"] == {"machine": "first"} and "environments" not in first
+    assert on("second", num_seeds=1)["environment"] == {"machine": "first"}
+    both = on("third", num_seeds=2)
+    assert both["environment"] == {"machine": "third"}
+    assert both["environments"] == [{"machine": "first"}, {"machine": "third"}]
+    assert "environments" not in on("fourth", num_seeds=1)
+
+
+def test_the_environment_names_the_machine_and_the_commit(make_evaluator):
+    environment = make_evaluator(num_seeds=1).run()["environment"]
+    assert environment["machine"] and environment["versions"]["torch"] == torch.__version__
+    assert environment["git_commit"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", environment["git_commit"])
+    models = re.findall("model name.*: (.+)", Path("/proc/cpuinfo").read_text())
+    assert not models or environment["machine"] == models[0]
 
 
 def test_a_saved_image_is_the_one_that_its_seed_draws_alone(make_evaluator, tiny_pipeline, tmp_path):
@@ -365,6 +464,7 @@ def test_settings_of_an_evaluation_that_drew_nothing_do_not_bind_the_next(make_e
         ({"lists": {"mine": []}}, r"`lists\['mine'\]` must hold at least one condition"),
         ({"lists": {"mine": [["red cube"], ["red cub"]]}}, r"`lists\['mine'\]`: .*\[1\].*'red cube'"),
         ({"lists": {"mine": [[]]}}, r"`lists\['mine'\]`: .*empty scene"),
+        ({"lists": {"mine": torch.eye(24) / 2}}, r"`lists\['mine'\]` must hold zeros and ones, got 0.5"),
         ({"judges": {"other": make_judge("ab")}}, r"`judges\['other'\]` judges other labels"),
         ({"judges": {"large": make_judge(image_size=32)}}, r"`judges\['large'\]` must judge 16-pixel images"),
         ({"judges_used_in_training": ["nobody"]}, r"must name some of the judges \['judge'\], got \['nobody'\]"),

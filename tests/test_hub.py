@@ -2,6 +2,7 @@ import copy
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from iclevr_diffusion import ConditionalDDPMPipeline, MultiLabelUNet2DModel
 from iclevr_diffusion.card import describe_training, render_card, render_index
-from iclevr_diffusion.evaluation import Evaluator, load_judge
+from iclevr_diffusion.evaluation import Evaluator, load_judge, weights_sha256
 from iclevr_diffusion.hub import (
     export_judge,
     export_pipeline,
@@ -379,6 +380,7 @@ def test_a_pipeline_or_judge_is_pushed_as_it_would_be_exported(
         file: (folder / file).read_bytes() for file in published_files(folder)
     }.items() <= repository.files().items()
     push_to_hub(make_judge(), "me/judge")
+    assert weights_sha256(load_judge("me/judge", NAMES)) == weights_sha256(make_judge().half().float())
     assert {"README.md", "config.json"} < set(hub.repositories["me/judge"].files())
 
 
@@ -440,6 +442,47 @@ def test_a_folder_that_lacks_a_file_or_has_a_link_in_its_place_is_not_pushed(exp
     (exported / "unet" / "unet_multilabel.py").unlink()
     with pytest.raises(ValueError, match=r"lacks unet/unet_multilabel\.py, README\.md"):
         push_to_hub(exported, "me/model", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scheduler": ["../../private", "Private"]},
+        {"../private": ["diffusers", "DDPMScheduler"]},
+        {"scheduler": ["diffusers", "DDPMScheduler"], "/tmp": ["diffusers", "DDPMScheduler"]},
+    ],
+)
+def test_a_configuration_that_names_files_elsewhere_publishes_nothing(
+    exported: Path, tmp_path: Path, changes: dict[str, list[str]]
+) -> None:
+    (tmp_path / "private").mkdir()
+    for file in (tmp_path / "private.py", tmp_path / "private" / "scheduler_config.json"):
+        file.write_text("{}")
+    shutil.copyfile(
+        exported / "unet" / "diffusion_pytorch_model.safetensors",
+        exported / "scheduler" / "diffusion_pytorch_model.safetensors",
+    )
+    edit_json(exported / "model_index.json", **changes)
+    with pytest.raises(ValueError, match="must hold its files itself, but .* leads out of it"):
+        published_files(exported)
+
+
+def test_a_folder_that_is_a_link_to_elsewhere_publishes_nothing(exported: Path, tmp_path: Path) -> None:
+    (exported / "unet").rename(tmp_path / "private")
+    (exported / "unet").symlink_to(tmp_path / "private")
+    with pytest.raises(ValueError, match=r"must hold its files itself, but unet/.* leads out of it"):
+        push_to_hub(exported, "me/model", dry_run=True)
+
+
+def test_a_public_repository_takes_files_only_if_that_is_asked_for(hub: LoopbackHub, exported: Path) -> None:
+    push_to_hub(exported, "me/model", private=False)
+    (exported / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="me/model, which exists and is public, got True; give private=False"):
+        push_to_hub(exported, "me/model", revision="other")
+    repository = hub.repositories["me/model"]
+    assert len(repository.messages) == 2 and list(repository.branches) == ["main"]
+    push_to_hub(exported, "me/model", private=False)
+    assert "results.json" in repository.files()
 
 
 def test_an_exported_judge_reads_images_as_its_rounded_weights_do(tmp_path: Path) -> None:
@@ -529,6 +572,13 @@ def test_a_card_tells_recipe_machine_and_duration_of_the_run_but_no_path(
     assert "2 processes with 1 thread of 4 CPU cores, torch 2.13.0, diffusers 0.42.1, commit `abc`." in card
     assert "training.json" in published_files(folder)
     assert not any(b"/mnt/me" in (folder / file).read_bytes() for file in published_files(folder))
+    card_before = (folder / "README.md").read_text()
+    (folder / "training.json").unlink()
+    with pytest.raises(ValueError, match="got titel"):
+        write_card(folder, {"titel": "A"}, training=run)
+    assert not (folder / "training.json").exists() and (folder / "README.md").read_text() == card_before
+    write_card(folder, training=run)
+    assert (folder / "README.md").read_text() == card_before == render_card(folder, None)
     with pytest.raises(
         ValueError, match="must be the output folder of a training run, but .* lacks config.yaml and metrics.jsonl"
     ):

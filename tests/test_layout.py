@@ -34,7 +34,7 @@ ARROWS = {
     "training": {"checkpoint", "config", "ema"},
     "training_data": {"config", "data", "rendering", "training"},
     "validation": {"evaluation", "images", "scores", "training"},
-    "evaluation": {"", "data", "images", "labels", "models", "scores"},
+    "evaluation": {"", "conversion", "data", "hub", "images", "labels", "models", "scores"},
     "card": {"scores"},
     "hub": {"card", "evaluation", "labels", "models", "pipelines"},
     "command_line": {"hub"},
