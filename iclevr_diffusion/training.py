@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -48,6 +48,24 @@ class Average(Stateful, Protocol):
 Tracked = TypeVar("Tracked", bound=Average)
 
 
+class _StandardError:
+    """Standard error that may be gone: a `tee` behind it gets the same Ctrl-C, and must not cost the checkpoint."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
+STANDARD_ERROR = _StandardError()
+
+
 class TrainingRun:
     """What is the same for every model that is trained: processes, checkpoints, logs and leaving in good order.
 
@@ -65,7 +83,7 @@ class TrainingRun:
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
-            if run.sync_gradients:
+            if run.weights_moved:
                 ema.step(unet)
             run.log(loss=loss)
 
@@ -108,7 +126,8 @@ class TrainingRun:
         self._objects: dict[str, Stateful] = {}
         self._models: list[nn.Module] = []
         self._schedulers: list[LRScheduler] = []
-        self._facts: dict[str, Any] = {"seed": config.seed, "num_processes": self.accelerator.num_processes}
+        self._facts: dict[str, Any] = {}
+        self._descriptions: dict[str, str] = {}
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._numbers: dict[str, float] = {}
         self._window = (0, time.perf_counter())
@@ -117,9 +136,11 @@ class TrainingRun:
         self._stopping = False
         # `accelerate launch` does not pass SIGTERM on, so that its end must be noticed; it always sets this variable.
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        self._origin, self._manifest = self._find_checkpoint()
+        self._check_recipe()
+        self.pin(seed=config.seed, num_processes=self.accelerator.num_processes)
         if self.accelerator.is_main_process:
-            self._check_recipe()
-            self._describe()
+            self.output_dir.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
         if config.report_to:
             flat = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in _plain(config).items()}
@@ -141,22 +162,55 @@ class TrainingRun:
         return self.output_dir / "checkpoints"
 
     @property
+    def resuming(self) -> bool:
+        """Whether `output_dir` has a checkpoint to go on from."""
+        return self._origin is not None
+
+    @property
     def sync_gradients(self) -> bool:
         """Whether this micro-step ends an optimisation step."""
         return self.accelerator.sync_gradients
 
+    @property
+    def weights_moved(self) -> bool:
+        """Whether this micro-step ended an optimisation step that was not skipped, as fp16 does where it overflows."""
+        return self.sync_gradients and not self.accelerator.optimizer_step_was_skipped
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the program leaves after this step, because all processes have agreed on a stop."""
+        return self._stopping
+
     def every(self, num_steps: int) -> bool:
-        """Whether this micro-step ends an optimisation step whose number `num_steps` divides; 0 is never."""
-        return self.sync_gradients and num_steps > 0 and self.step % num_steps == 0
+        """Whether this micro-step ends an optimisation step whose number `num_steps` divides; 0 is never.
+
+        Nor is it so when the run is stopping: what may take long, such as drawing samples, must not delay the checkpoint.
+        """
+        return self.sync_gradients and not self._stopping and num_steps > 0 and self.step % num_steps == 0
 
     def print(self, *text: str) -> None:
         """Prints on the main process, above the progress bar."""
         if self.accelerator.is_main_process:
-            tqdm.write(" ".join(text), file=sys.stderr)
+            tqdm.write(" ".join(text), file=STANDARD_ERROR)
 
     def pin(self, **facts: str | int | float | bool) -> None:
-        """Names facts outside the configuration, such as the data's fingerprint, that a resumed run must share."""
+        """Names facts outside the configuration, such as the data's fingerprint, that a resumed run must share.
+
+        Raises:
+            ValueError: If the checkpoint to go on from has another value; one that lacks the fact agrees.
+        """
+        for name, value in facts.items():
+            theirs = self._manifest["facts"].get(name, value)
+            if theirs != value:
+                raise ValueError(
+                    f"`{name}` must be {theirs!r} to go on from {self._origin}, got {value!r}; train into another"
+                    " `output_dir`."
+                )
         self._facts.update(facts)
+
+    def describe(self, name: str, text: str) -> None:
+        """Has `text` written to the file `output_dir/name`, but not before it is settled that this run goes on."""
+        self._descriptions[name] = text
 
     def prepare(self, *objects: Any) -> tuple[Any, ...]:  # noqa: ANN401
         """Returns modules, optimizers and schedulers prepared by Accelerate, and puts their states into checkpoints."""
@@ -204,6 +258,7 @@ class TrainingRun:
             unit=" images",
             unit_scale=True,
             mininterval=0.5 if sys.stderr.isatty() else 30,
+            file=STANDARD_ERROR,
             disable=not accelerator.is_main_process,
         )
         first_step = self.step
@@ -243,7 +298,7 @@ class TrainingRun:
 
         Raises:
             FloatingPointError: On all processes, before the weights move, if the loss of any, or a gradient, is not
-                finite.
+                finite. With fp16 a gradient may overflow; it is refused when lower scales have not made it finite.
         """
         accelerator = self.accelerator
         self._bad_loss += ~torch.isfinite(loss.detach()).all()
@@ -253,13 +308,13 @@ class TrainingRun:
         parameters = [parameter for model in self._models for parameter in model.parameters()]
         grad_norm = accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf)
         bad_gradient = ~torch.isfinite(grad_norm)
-        if accelerator.scaler is not None:  # which looks for overflows itself, skips the step and lowers the scale
-            bad_gradient = torch.zeros_like(bad_gradient)
         # One small sum over the processes and one look at it a step answers all that they must agree on.
         leaving = self._signal or (self._launcher is not None and os.getppid() != self._launcher)
         flags = torch.stack([self._bad_loss, bad_gradient.float(), torch.full_like(self._bad_loss, leaving)])
         bad_loss, bad_gradient, stop = accelerator.reduce(flags).tolist()
-        if bad_loss or bad_gradient:
+        # A scaler looks for overflows itself, skips the step and lowers the scale; below 1 it no longer helps.
+        overflow = bad_gradient and accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
+        if bad_loss or (bad_gradient and not overflow):
             what = "loss" if bad_loss else "gradient"
             raise FloatingPointError(
                 f"The {what} of step {self.step} is not finite; the weights did not move, and nothing was saved. Take a"
@@ -267,7 +322,8 @@ class TrainingRun:
                 f" `output_dir`; checkpoints up to step {self._saved_step()} are in {self.checkpoints}."
             )
         self._stopping = bool(stop)
-        self.log(grad_norm=grad_norm)
+        if not bad_gradient:
+            self.log(grad_norm=grad_norm)
 
     def log(self, **scalars: Tensor | float) -> None:
         """Notes numbers for `metrics.jsonl` and the trackers.
@@ -297,22 +353,27 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         return folder
 
-    def keep_best(self, score: float, pipeline: DiffusionPipeline) -> None:
+    def keep_best(
+        self, score: float, pipeline: DiffusionPipeline, measure: Mapping[str, str | int | float] | None = None
+    ) -> None:
         """Notes a validation score, and writes the pipeline to `output_dir/best_pipeline` if it is the highest yet.
 
         Args:
             score: The higher the better; the same on all processes.
             pipeline: What was scored.
+            measure: What the score was measured with; scores of another measure are not compared with it.
         """
+        measure = dict(measure or {})
         self.log(validation_score=score)
         record = self.output_dir / "best_pipeline.json"
         text = [record.read_text() if self.accelerator.is_main_process and record.exists() else "{}"]
         best = json.loads(accelerate.utils.broadcast_object_list(text)[0])
+        best = best if best.get("measure", measure) == measure else {}
         self.print(f"Step {self.step}: validation score {score:.4f}, best before {best.get('score', 'none')}.")
         if score > best.get("score", -math.inf):
             self.save_pipeline(pipeline, "best_pipeline")
             if self.accelerator.is_main_process:
-                _write_text(record, json.dumps({"step": self.step, "score": score}) + "\n")
+                _write_text(record, json.dumps({"step": self.step, "score": score, "measure": measure}) + "\n")
 
     def finish(self) -> None:
         """Ends trackers and leaves the group of processes; the last call of a script."""
@@ -331,29 +392,22 @@ class TrainingRun:
         random.seed(seed)
 
     def _resume(self) -> None:
-        """Loads the newest whole checkpoint, which the main process looks for, and takes back later metrics."""
-        found = [newest_checkpoint(self.checkpoints) if self.accelerator.is_main_process else None]
-        (folder,) = accelerate.utils.broadcast_object_list(found)
-        if folder is not None:
-            manifest = read_manifest(folder)
-            for name, value in self._facts.items():
-                theirs = manifest["facts"].get(name)
-                if theirs != value:
-                    raise ValueError(
-                        f"`{name}` must be {theirs!r} to go on from {folder}, got {value!r}; train into another"
-                        " `output_dir`."
-                    )
-            load_checkpoint(folder, self._objects)
-            self.step = manifest["step"]
-            self.print(f"Going on after step {self.step} of {self.config.max_steps}, from {folder}.")
+        """Loads the checkpoint that was found, takes back later metrics and scores, and says what is run on what."""
+        if self._origin is not None:
+            load_checkpoint(self._origin, self._objects)
+            self.step = self._manifest["step"]
+            self.print(f"Going on after step {self.step} of {self.config.max_steps}, from {self._origin}.")
         if self.accelerator.is_main_process:
             self._truncate_metrics()
+            record = self.output_dir / "best_pipeline.json"
+            if record.exists() and json.loads(record.read_text())["step"] > self.step:
+                record.unlink()
+            self._describe()
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.checkpoints, self.step, self._objects, self._facts, num_kept=self.config.num_checkpoints
-            )
+            facts = {**self._facts, "config": _plain(self.config)}
+            save_checkpoint(self.checkpoints, self.step, self._objects, facts, num_kept=self.config.num_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def _saved_step(self) -> int:
@@ -369,7 +423,10 @@ class TrainingRun:
                 self._signal, first = number, time.monotonic()
                 text = f"\n{signal.Signals(number).name}: finishing step {self.step}, then saving; Ctrl-C aborts.\n"
                 if self.accelerator.is_main_process:
-                    os.write(sys.stderr.fileno(), text.encode())  # `print` must not be called from a signal handler
+                    with contextlib.suppress(OSError, ValueError):  # of a `tee` that the same Ctrl-C has ended
+                        os.write(
+                            sys.stderr.fileno(), text.encode()
+                        )  # `print` must not be called from a signal handler
             # A launcher may send its own copy of the first Ctrl-C.
             elif number == signal.SIGINT and time.monotonic() > first + 1:
                 raise KeyboardInterrupt
@@ -421,20 +478,36 @@ class TrainingRun:
                 break
         _write_text(path, "".join(f"{line}\n" for line in kept))
 
+    def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any]]:
+        """Returns the newest whole checkpoint and its manifest, which the main process looks for."""
+        folder, manifest = None, {"step": 0, "facts": {}}
+        if self.accelerator.is_main_process and (folder := newest_checkpoint(self.checkpoints)) is not None:
+            manifest = read_manifest(folder)
+            path = self.output_dir / "config.yaml"
+            if "config" not in manifest["facts"] and path.exists():  # a checkpoint from before it held its recipe
+                with contextlib.suppress(yaml.YAMLError):
+                    manifest["facts"]["config"] = yaml.safe_load(path.read_text())
+        return tuple(accelerate.utils.broadcast_object_list([folder, manifest]))
+
     def _check_recipe(self) -> None:
-        """Refuses a configuration that is not that of the checkpoints in `output_dir`."""
-        path, step = self.output_dir / "config.yaml", self._saved_step()
-        if step == 0 or not path.exists():
+        """Refuses a configuration that is not that of the checkpoint to go on from."""
+        if self._origin is None:
             return
+        theirs, step = self._manifest["facts"].get("config"), self._manifest["step"]
+        if not isinstance(theirs, dict):
+            raise ValueError(
+                f"`output_dir` {self.output_dir} must hold the config.yaml of its checkpoint of step {step}, which is"
+                " missing or unreadable; put that file back, or train into another folder."
+            )
         # A field that is newer than the recipe had its default then.
-        theirs = _plain(type(self.config)()) | yaml.safe_load(path.read_text())
-        ours = _plain(self.config)
+        theirs, ours = _plain(type(self.config)()) | theirs, _plain(self.config)
         free = {item.name for item in dataclasses.fields(self.config) if item.metadata.get("may_change")}
         free.add("max_steps")
         differing = [name for name in theirs if name not in free and ours.get(name) != theirs.get(name)]
         if not differing and ours["max_steps"] != theirs["max_steps"]:
             before = dataclasses.replace(self.config, max_steps=theirs["max_steps"])
-            factors = [(self.config.learning_rate_factor(i), before.learning_rate_factor(i)) for i in range(step)]
+            steps = range(step + 1)  # the state that is loaded holds the learning rate of the next step
+            factors = [(self.config.learning_rate_factor(i), before.learning_rate_factor(i)) for i in steps]
             if self.config.max_steps < step or any(new != old for new, old in factors):
                 differing = ["max_steps"]
         if differing:
@@ -445,11 +518,13 @@ class TrainingRun:
             )
 
     def _describe(self) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        _write_text(self.output_dir / "config.yaml", yaml.safe_dump(_plain(self.config), sort_keys=False))
-        path = self.output_dir / "environment.json"
-        launches = json.loads(path.read_text()) if path.exists() else []
-        _write_text(path, json.dumps([*launches, self._environment()], indent=2) + "\n")
+        recipe = yaml.safe_dump(_plain(self.config), sort_keys=False)
+        for name, text in {"config.yaml": recipe, **self._descriptions}.items():
+            _write_text(self.output_dir / name, text)
+        if self.step < self.config.max_steps:
+            path = self.output_dir / "environment.json"
+            launches = json.loads(path.read_text()) if path.exists() else []
+            _write_text(path, json.dumps([*launches, self._environment()], indent=2) + "\n")
 
     def _environment(self) -> dict[str, Any]:
         device = self.accelerator.device
@@ -486,19 +561,12 @@ def _write_text(path: Path, text: str) -> None:
 
 def _git_commit() -> str | None:
     """Returns the commit of the source tree, with a mark where files differ from it, or `None` outside of one."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    with contextlib.suppress(OSError):
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        return result.stdout.strip() or None
+    git = ["git", "-C", str(Path(__file__).parent)]
+    tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]  # not so in a project's own `.venv`
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        subprocess.run(tracked, capture_output=True, check=True)
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     return None
 
 

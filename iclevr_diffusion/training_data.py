@@ -77,9 +77,8 @@ class TrainingData:
         run.pin(**facts)
         if config.split == "all":
             run.print("Training on all images: nothing is held out, so no score on these images is independent.")
-        if accelerator.is_main_process:
-            (run.output_dir / "data.json").write_text(json.dumps({"root": str(root), **facts}, indent=2) + "\n")
-            (run.output_dir / "conditions.json").write_text(json.dumps(seen) + "\n")
+        run.describe("data.json", json.dumps({"root": str(root), **facts}, indent=2) + "\n")
+        run.describe("conditions.json", json.dumps(seen) + "\n")
 
     def choose_conditions(self, num_conditions: int) -> list[tuple[str, ...]]:
         """Returns up to that many of the validation label sets, mixed in number of labels, the same ones every time."""

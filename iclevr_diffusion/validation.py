@@ -38,6 +38,12 @@ class Validation:
             run.print("No `judge` is given: nothing is scored on the way, and no `best_pipeline` is kept.")
         else:
             self.judge = load_judge(judge, pipeline.vocabulary.names).to(run.accelerator.device)
+        self.measure = {
+            "judge": str(judge),
+            "num_conditions": len(self.conditions),
+            "guidance_scale": pipeline.config.default_guidance_scale,
+            "num_inference_steps": pipeline.config.default_num_inference_steps,
+        }
         pipeline.set_progress_bar_config(disable=True)
 
     def draw(self) -> None:
@@ -70,4 +76,4 @@ class Validation:
             logits = self.judge(2 * images.to(accelerator.device) - 1).logits
             total += torch.stack([top_k_hits(logits, class_labels).sum(), (class_labels > 0).sum()])
         found, asked = accelerator.reduce(total).tolist()
-        self.run.keep_best(found / asked, self.pipeline)
+        self.run.keep_best(found / asked, self.pipeline, self.measure)

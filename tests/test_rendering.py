@@ -1,5 +1,8 @@
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -235,6 +238,17 @@ def test_an_interrupted_rendering_goes_on_and_ends_the_same(tiny_dataset, tmp_pa
     assert file_hashes(root) == file_hashes(tiny_dataset)
     render_dataset(root, 4, size=16, progress=False)
     assert len(scenes) == 3
+
+
+def test_workers_end_with_a_parent_that_was_killed():
+    script = (
+        "import os, signal; from iclevr_diffusion.rendering.dataset import _workers\n"
+        "with _workers(2) as parallel_map:\n"
+        "    list(parallel_map(abs, range(2)))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # The pipe ends once no process holds it any more.
+    subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, env=os.environ.copy(), timeout=60)
 
 
 def test_an_image_that_got_lost_is_drawn_again(tmp_path):

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from safetensors.torch import load_file
 from iclevr_diffusion import ICLEVR_LABELS, ConditionalDDPMPipeline
 from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
 from iclevr_diffusion.config import parse_config
+from iclevr_diffusion.data import BatchLoader
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+from iclevr_diffusion.rendering import render_dataset
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "train_scripts"
 TINY = {
@@ -147,6 +150,12 @@ def test_a_judge_scores_validation_labels_and_the_best_pipeline_is_kept(train, t
     best = json.loads((folder / "best_pipeline.json").read_text())
     assert len(scores) == 2 and best["score"] == max(scores) and min(scores) >= 0
     assert (folder / "best_pipeline" / "model_index.json").exists()
+    assert 1 <= best["measure"].pop("num_conditions") <= 4
+    assert best["measure"] == {
+        "judge": str(tmp_path / "judge"),
+        "guidance_scale": 2.0,
+        "num_inference_steps": 2,
+    }
 
 
 def test_training_starts_from_another_pipelines_weights(train, tmp_path):
@@ -156,6 +165,57 @@ def test_training_starts_from_another_pipelines_weights(train, tmp_path):
         ConditionalDDPMPipeline.from_pretrained(folder / "pipeline").unet.state_dict() for folder in (first, second)
     )
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+
+
+def test_a_resumed_run_does_not_need_the_weights_it_started_from(train, tmp_path):
+    first = train(tmp_path / "first")
+    train(tmp_path / "run", init_from=str(first / "pipeline"), lr_schedule="constant")
+    shutil.rmtree(first)
+    train(tmp_path / "run", init_from=str(first / "pipeline"), lr_schedule="constant", max_steps=3)
+
+
+def test_raw_pixels_stay_raw_whatever_weights_they_start_from(train, tmp_path):
+    first = train(tmp_path / "first")
+    folder = train(tmp_path / "run", init_from=str(first / "pipeline"), standardize=False)
+    source, unet = (ConditionalDDPMPipeline.from_pretrained(path / "pipeline").unet for path in (first, folder))
+    assert source.data_std != 1 and unet.data_std == 1 and (unet.data_mean == 0).all()
+
+
+def test_refused_data_leave_the_folder_as_it_was(train, tmp_path):
+    folder = train(tmp_path / "run", max_steps=1)
+    names = ("data.json", "conditions.json", "config.yaml", "environment.json")
+    before = [(folder / name).read_text() for name in names]
+    other = render_dataset(tmp_path / "other", 2, size=16, num_workers=1, progress=False)
+    with pytest.raises(ValueError, match="`data` must be"):
+        train(folder, max_steps=1, data=str(other))
+    assert [(folder / name).read_text() for name in names] == before
+
+
+def test_a_stopped_run_leaves_its_pipeline_and_no_late_samples(train, tmp_path, monkeypatch):
+    batch = BatchLoader.batch
+
+    def stop_in_step_2(loader, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(loader, step)
+
+    monkeypatch.setattr(BatchLoader, "batch", stop_in_step_2)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", max_steps=5, sample_every=1)
+    assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["step-00000001.png"]
+    unet = ConditionalDDPMPipeline.from_pretrained(tmp_path / "run" / "pipeline").unet.state_dict()
+    checkpoint = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    averaged = load_file(checkpoint / "ema.safetensors")
+    assert checkpoint.name == "step-00000002" and all(torch.equal(unet[k], averaged[f"model/{k}"]) for k in unet)
+
+
+def test_gradient_checkpointing_trains_the_same_model(train, tmp_path, monkeypatch):
+    calls, recompute = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *args, **options: calls.append(0) or recompute(*args, **options)
+    )
+    saving, plain = train(tmp_path / "saving", gradient_checkpointing=True), train(tmp_path / "plain")
+    assert calls and hashes(saving) == hashes(plain)
 
 
 def test_a_run_on_all_images_is_marked(train, tmp_path, capfd):
@@ -179,6 +239,30 @@ def test_the_real_images_are_taken_only_where_they_are_asked_for(train, tmp_path
 def test_guidance_without_label_dropout_is_refused_before_any_work():
     with pytest.raises(ValueError, match="`guidance_scale` must be 1 without `label_dropout`, got 2.0"):
         train_ddpm.DDPMConfig(label_dropout=0.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", -1),
+        ("seed", 2**32),
+        ("ema_decay", 1.0),
+        ("ema_decay", float("nan")),
+        ("time_shift", 0.0),
+        ("min_snr_gamma", 0.0),
+        ("label_dropout", 1.0),
+        ("num_inference_steps", 0),
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_any_work(field, value):
+    with pytest.raises(ValueError, match=f"`{field}` must .*, got {value}"):
+        train_ddpm.DDPMConfig(**{field: value})
+
+
+def test_a_noise_schedule_that_diffusers_lacks_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(train_ddpm.DDPMConfig, ["--beta_schedule", "cosine"])
+    assert "must be linear or scaled_linear or squaredcos_cap_v2, got 'cosine'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", sorted((SCRIPTS / "recipes").glob("[!j]*.yaml")), ids=lambda path: path.stem)

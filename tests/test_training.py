@@ -3,6 +3,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
+from iclevr_diffusion import training
 from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
 from iclevr_diffusion.config import TrainConfig
 from iclevr_diffusion.ema import ExponentialMovingAverage
@@ -61,10 +64,10 @@ def train(config, on_step=None, loss_of=None, pinned=None):
         lr_scheduler.step()
         optimizer.zero_grad()
         run.log(loss=loss)
-        if run.sync_gradients:
+        if run.weights_moved:
             ema.step(wrapped)
-            if on_step is not None:
-                on_step(run)
+        if run.sync_gradients and on_step is not None:
+            on_step(run)
     run.finish()
     return run, model, ema
 
@@ -161,6 +164,51 @@ def test_a_signal_finishes_the_step_saves_and_leaves_with_the_shells_code(tmp_pa
     assert "Stopped after step 3 of 6" in capfd.readouterr().err
 
 
+class DeadStream:
+    """What is left of a pipe whose reader has ended."""
+
+    def isatty(self):
+        return False
+
+    def fileno(self):
+        raise BrokenPipeError
+
+    write = flush = lambda self, *text: self.fileno()
+
+
+def test_a_stop_whose_terminal_is_gone_still_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "tqdm", eager_tqdm)
+
+    def lose_the_terminal(run):
+        if run.step == 2:
+            monkeypatch.setattr(sys, "stderr", DeadStream())
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit) as exit_info:
+        train(make_config(tmp_path, save_every=0), on_step=lose_the_terminal)
+    assert exit_info.value.code == 130
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "step-00000003"
+
+
+class eager_tqdm(training.tqdm):  # noqa: N801
+    """A progress bar that writes at every step."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **{**options, "mininterval": 0, "miniters": 1})
+
+
+def test_a_stop_that_is_agreed_skips_what_would_delay_the_checkpoint(tmp_path):
+    seen = []
+
+    def look(run):
+        seen.append((run.step, run.stopping, run.every(1)))
+        send(signal.SIGTERM, 2)(run)
+
+    with pytest.raises(SystemExit):
+        train(make_config(tmp_path), on_step=look)
+    assert seen == [(1, False, True), (2, False, True), (3, True, False)]
+
+
 def test_ctrl_c_pressed_twice_aborts_at_once(tmp_path, monkeypatch):
     times = iter([10.0, 12.0])
     monkeypatch.setattr("iclevr_diffusion.training.time.monotonic", lambda: next(times))
@@ -207,6 +255,49 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, loss_
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+@pytest.fixture
+def scaled_losses(monkeypatch):
+    """Losses are scaled as with fp16, which Accelerate grants to GPUs alone."""
+    prepare = TrainingRun.prepare
+
+    def prepare_scaled(run, *objects):
+        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        prepared = prepare(run, *objects)
+        run.accelerator.native_amp = True
+        monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+        return prepared
+
+    with monkeypatch.context():
+        monkeypatch.setattr(TrainingRun, "prepare", prepare_scaled)
+        yield
+
+
+def overflow(run, model, loss):
+    return loss + (0 * model[0].weight).sqrt().sum()  # its gradient is NaN
+
+
+def test_an_overflow_skips_the_step_of_weights_and_average(tmp_path, scaled_losses):
+    states = []
+
+    def look(run, model, loss):
+        average = run._objects["ema"]
+        states.append((model[0].weight.detach().clone(), average.num_updates))
+        return overflow(run, model, loss) if run.step == 3 else loss
+
+    run, _, ema = train(make_config(tmp_path, log_every=1, lr_schedule="constant"), loss_of=look)
+    assert [num_updates for _, num_updates in states] == [0, 1, 2, 2, 3, 4] and ema.num_updates == 5
+    assert torch.equal(states[2][0], states[3][0]) and not torch.equal(states[3][0], states[4][0])
+    assert ["grad_norm" in line for line in lines(tmp_path)] == [True, True, False, True, True, True]
+    assert run.accelerator.scaler.get_scale() == 4
+
+
+def test_a_gradient_that_stays_infinite_at_every_scale_stops_the_run(tmp_path, scaled_losses):
+    with pytest.raises(
+        FloatingPointError, match="The gradient of step 5 is not finite"
+    ):  # scales 8, 4, 2, 1, then 1/2
+        train(make_config(tmp_path), loss_of=overflow)
+
+
 def test_gradients_are_clipped_to_the_norm(tmp_path):
     config = make_config(tmp_path, max_grad_norm=0.5, max_steps=2)
     run = TrainingRun(config)
@@ -250,8 +341,44 @@ def test_more_steps_are_taken_only_where_the_schedule_so_far_agrees(tmp_path):
         train(make_config(tmp_path / "linear", max_steps=8))
 
 
+def test_more_steps_must_not_change_the_learning_rate_of_the_very_next_one(tmp_path):
+    train(make_config(tmp_path, warmup_steps=6))  # its end is that of the warm-up
+    with pytest.raises(ValueError, match="max_steps: 6 there, 8 here"):
+        train(make_config(tmp_path, warmup_steps=6, max_steps=8))
+
+
+def forget_recipe(folder):
+    """Makes the newest checkpoint one from before checkpoints held their recipe."""
+    path = newest_checkpoint(folder / "checkpoints") / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["facts"]["config"]
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("content", [None, "", "- x", "a: ["])
+def test_a_changed_recipe_is_refused_whatever_became_of_config_yaml(tmp_path, content):
+    train(make_config(tmp_path))
+    path = tmp_path / "config.yaml"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ValueError, match="batch_size: 4 there, 8 here"):
+        train(make_config(tmp_path, batch_size=8))
+    forget_recipe(tmp_path)
+    with pytest.raises(ValueError, match="must hold the config.yaml of its checkpoint of step 6, which is missing"):
+        train(make_config(tmp_path))
+
+
+def test_checkpoints_from_before_they_held_recipe_and_facts_go_on(tmp_path):
+    config = make_config(tmp_path / "old", lr_schedule="constant", max_steps=4)
+    train(config)
+    forget_recipe(tmp_path / "old")
+    resumed, *_ = train(make_config(tmp_path / "old", lr_schedule="constant"), pinned={"data": "abc"})
+    unbroken, *_ = train(make_config(tmp_path / "unbroken", lr_schedule="constant"))
+    assert hashes(unbroken) == hashes(resumed)
+
+
 def test_a_field_that_is_newer_than_the_recipe_counts_as_its_default(tmp_path):
     train(make_config(tmp_path))
+    forget_recipe(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(
         "".join(line for line in path.read_text().splitlines(True) if "weight" not in line and "seed" not in line)
@@ -272,6 +399,62 @@ def test_other_data_than_those_of_the_checkpoint_are_refused(tmp_path):
     train(make_config(tmp_path, lr_schedule="constant"), pinned={"data": "abc"})
     with pytest.raises(ValueError, match="`data` must be 'abc' to go on from .*step-00000006, got 'xyz'"):
         train(make_config(tmp_path, lr_schedule="constant", max_steps=8), pinned={"data": "xyz"})
+
+
+def descriptions(folder):
+    return {path.name: path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".yaml")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "pinned", "num_processes"),
+    [({"batch_size": 8}, {}, 1), ({}, {"data": "xyz"}, 1), ({}, {}, 2)],
+    ids=["recipe", "data", "number of processes"],
+)
+def test_a_refused_command_leaves_the_descriptions_of_the_run_alone(
+    tmp_path, monkeypatch, fields, pinned, num_processes
+):
+    train(make_config(tmp_path, lr_schedule="constant"), pinned={"data": "abc"})
+    before = descriptions(tmp_path)
+    assert set(before) == {"config.yaml", "environment.json"}
+    monkeypatch.setattr(Accelerator, "num_processes", num_processes)
+    with pytest.raises(ValueError, match="there|must be"):
+        train(make_config(tmp_path, lr_schedule="constant", max_steps=8, log_every=3, **fields), pinned=pinned)
+    assert descriptions(tmp_path) == before
+
+
+def test_a_run_of_other_objects_leaves_the_descriptions_alone(tmp_path):
+    train(make_config(tmp_path))
+    before = descriptions(tmp_path)
+    reset()
+    run = TrainingRun(make_config(tmp_path, log_every=3))
+    run.describe("config.yaml", "another")
+    run.prepare(nn.Linear(3, 1))
+    with pytest.raises(ValueError, match="`objects` must be those of the checkpoint"):
+        next(run.batches(Loader()))
+    assert descriptions(tmp_path) == before
+
+
+def test_a_launch_that_has_nothing_left_to_do_is_not_noted(tmp_path):
+    train(make_config(tmp_path))
+    before = (tmp_path / "environment.json").read_text()
+    train(make_config(tmp_path, log_every=3))
+    assert (tmp_path / "environment.json").read_text() == before
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["log_every"] == 3
+
+
+def test_a_commit_is_named_only_where_it_holds_the_source(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    (tmp_path / "training.py").touch()
+    monkeypatch.setattr(training, "__file__", str(tmp_path / "training.py"))
+    git("init")
+    git("commit", "--allow-empty", "-m", "somebody's project, with this package in its folder")
+    assert training._git_commit() is None
+    git("add", "training.py")
+    git("commit", "-m", "the source")
+    assert len(training._git_commit()) == 40
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -357,8 +540,27 @@ def test_the_best_pipeline_is_kept_and_a_worse_one_is_not(tmp_path, tiny_pipelin
         run.keep_best(score, tiny_pipeline)
     best = type(tiny_pipeline).from_pretrained(tmp_path / "best_pipeline")
     assert (best.unet.data_mean == 2).all()
-    assert json.loads((tmp_path / "best_pipeline.json").read_text()) == {"step": 2, "score": 0.6}
+    assert json.loads((tmp_path / "best_pipeline.json").read_text()) == {"step": 2, "score": 0.6, "measure": {}}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_scores_of_another_measure_are_not_compared(tmp_path, tiny_pipeline):
+    run = TrainingRun(make_config(tmp_path))
+    for run.step, (score, guidance) in enumerate([(0.9, 1.0), (0.5, 2.0), (0.4, 2.0)], start=1):
+        run.keep_best(score, tiny_pipeline, {"guidance_scale": guidance})
+    best = {"step": 2, "score": 0.5, "measure": {"guidance_scale": 2.0}}
+    assert json.loads((tmp_path / "best_pipeline.json").read_text()) == best
+
+
+def test_a_best_score_of_steps_that_were_lost_is_forgotten(tmp_path):
+    with pytest.raises(RuntimeError):
+        train(make_config(tmp_path), on_step=fail(5))
+    record = tmp_path / "best_pipeline.json"
+    for step in (4, 5):
+        record.write_text(json.dumps({"step": step, "score": 1.0}))
+        with pytest.raises(RuntimeError):
+            train(make_config(tmp_path), on_step=fail(5))
+        assert record.exists() == (step == 4)
 
 
 def test_weights_come_from_a_pipeline_or_a_network_folder(tmp_path, tiny_pipeline):

@@ -20,6 +20,7 @@ from iclevr_diffusion.training_data import DataConfig, TrainingData
 from iclevr_diffusion.validation import Validation
 
 ARCHITECTURE = ("patch_size", "block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim")
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]  # those that DDPM and DDIM share
 
 
 @dataclass(kw_only=True)
@@ -38,7 +39,7 @@ class DDPMConfig(DataConfig):
     compile: bool = option(False, "compile the network with torch.compile")
 
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] = option("flow", "what the network predicts")
-    beta_schedule: str = option("squaredcos_cap_v2", "noise schedule of diffusers' schedulers, where not flow")
+    beta_schedule: BetaSchedule = option("squaredcos_cap_v2", "noise schedule, where not flow")
     sampler: Literal["ddpm", "ddim"] = option("ddim", "scheduler that is saved, where not flow", may_change=True)
     time_sampling: Literal["uniform", "logit-normal"] = option("logit-normal", "how training times are drawn")
     time_shift: float = option(4.0, "above 1, times (and a flow's sampling steps) move towards noise")
@@ -60,8 +61,15 @@ class DDPMConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"`label_dropout` must lie in [0, 1), got {self.label_dropout}.")
+        for name in ("label_dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        for name in ("time_shift", "min_snr_gamma"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+        if self.num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {self.num_inference_steps}.")
         if self.label_dropout == 0 and self.guidance_scale != 1:
             raise ValueError(f"`guidance_scale` must be 1 without `label_dropout`, got {self.guidance_scale}.")
 
@@ -79,10 +87,11 @@ def main(config: DDPMConfig) -> None:
         empty_condition=not data.store.class_labels[data.indices].any(axis=1).all(),
         **{name: getattr(config, name) for name in ARCHITECTURE if getattr(config, name) is not None},
     )
-    if config.init_from is not None:
+    if config.init_from is not None and not run.resuming:
         load_weights(unet, config.init_from, data.store.vocabulary.names)
-    if config.standardize:
-        unet.set_data_statistics(*data.store.statistics(data.indices))
+    # Without standardisation they are reset, since `init_from` brings those of its own data.
+    statistics = data.store.statistics(data.indices) if config.standardize else (torch.tensor(0.0), 1.0)
+    unet.set_data_statistics(*statistics)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     ema = run.track(ExponentialMovingAverage(unet, config.ema_decay))
@@ -121,14 +130,14 @@ def main(config: DDPMConfig) -> None:
         lr_scheduler.step()
         optimizer.zero_grad()
         run.log(loss=loss)
-        if run.sync_gradients:
+        if run.weights_moved:
             ema.step(unet)
 
         if run.every(config.sample_every):
             validation.draw()
         if run.every(config.score_every):
             validation.score()
-        if run.every(config.save_every):
+        if run.every(config.save_every) or run.stopping:
             run.save_pipeline(pipeline)
 
     run.save_pipeline(pipeline)

@@ -1,12 +1,13 @@
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from PIL import Image
@@ -19,8 +20,9 @@ from iclevr_diffusion.rendering.tracer import render_sequence, visible_pixels
 # Part of a folder's configuration: raise it with every change that alters a pixel, so that no folder mixes two looks.
 LOOK = 1
 
-# Below this number of scenes a second process takes longer to start than it saves.
-MIN_SCENES_A_PROCESS = 300
+# Scenes that a process takes at a time, and those for which it pays to start another one, which takes some seconds.
+SCENES_A_TASK = 16
+MIN_SCENES_A_PROCESS = 800
 
 
 def render_dataset(
@@ -183,9 +185,9 @@ def _workers(num_workers: int) -> Iterator[Callable[..., Iterator[dict]]]:
     limits = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     before = {name: os.environ.get(name) for name in limits}
     os.environ.update(limits)
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker)
     try:
-        yield partial(pool.map, chunksize=16)
+        yield partial(pool.map, chunksize=SCENES_A_TASK)
     finally:
         pool.shutdown(cancel_futures=True)
         for name, value in before.items():
@@ -193,6 +195,17 @@ def _workers(num_workers: int) -> Iterator[Callable[..., Iterator[dict]]]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _start_worker() -> None:
+    """Leaves Ctrl-C to the parent, and ends with it: nothing else would tell a worker that the parent was killed."""
+
+    def end_with_parent() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _num_processors() -> int:
