@@ -1,0 +1,396 @@
+import importlib
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from .label_vocabulary import LabelVocabulary
+
+Images = list[PIL.Image.Image] | np.ndarray | Tensor
+
+# Without a `micro_batch_size`, at most this many images go through the network at once.
+LARGEST_BATCH = 64
+
+
+@dataclass
+class ConditionalImageOutput(BaseOutput):
+    """What a conditional pipeline returns.
+
+    Args:
+        images: The images as asked for by `output_type`.
+        seeds: The seed of each image: drawing it again by `seeds=[...]` gives the same image.
+        states: With `num_states`, the image batches on the way from noise to `images`, noisiest first.
+    """
+
+    images: Images
+    seeds: list[int]
+    states: list[Images] | None = None
+
+
+class ConditionalDDPMPipeline(DiffusionPipeline):
+    """Draws images that show given labels, by the reverse process of a diffusion model.
+
+    *Denoising Diffusion Probabilistic Models* (Ho et al., 2020, https://arxiv.org/abs/2006.11239) with classifier-free
+    guidance (Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598). Any diffusers scheduler whose prediction type
+    is the network's can be assigned to `scheduler`.
+
+    An image depends on the weights, its labels, its seed, the scheduler and the number of steps, not on its place or
+    its neighbours: each image has a random stream of its own, drawn on the CPU in float32. Kernels round by batch
+    shape, so equality to the bit needs one `micro_batch_size` on one machine; other sizes differ by rounding alone.
+
+    Args:
+        unet: The network, `MultiLabelUNet2DModel` or one of the same call and configuration.
+        scheduler: The diffusers scheduler that takes the steps.
+        label_names: Names of the labels by index, as a list or as the mapping {"0": name, ...} that is saved.
+        default_num_inference_steps: Steps taken when a call does not say.
+        default_guidance_scale: Guidance scale used when a call does not say.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: SchedulerMixin,
+        label_names: Sequence[str] | Mapping[str, str] | None = None,
+        default_num_inference_steps: int = 50,
+        default_guidance_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if label_names is None:
+            raise ValueError(
+                "`label_names` must be the list of the label names in the order of `class_labels`, got None."
+            )
+        if isinstance(label_names, Mapping):
+            label_names = [label_names[str(index)] for index in range(len(label_names))]
+        self.vocabulary = LabelVocabulary(label_names)
+        if len(self.vocabulary) != unet.config.num_classes:
+            raise ValueError(
+                f"`label_names` must name the network's {unet.config.num_classes} labels, got {len(self.vocabulary)}."
+            )
+        self.register_modules(unet=unet, scheduler=scheduler)
+        # A list in model_index.json would be taken for a component when the folder is loaded from a hub.
+        self.register_to_config(
+            label_names={str(index): name for index, name in enumerate(self.vocabulary)},
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+        )
+        self.image_processor = VaeImageProcessor(do_resize=False, do_convert_rgb=False)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[Sequence[str | int]] | Tensor | np.ndarray | None,
+        num_images: int | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        seeds: Sequence[int] | int | None = None,
+        micro_batch_size: int | None = None,
+        output_type: Literal["pil", "np", "pt"] = "pil",
+        return_dict: bool = True,
+        num_states: int = 0,
+        callback_on_step_end: Callable[["ConditionalDDPMPipeline", int, Tensor, dict], dict | None] | None = None,
+    ) -> ConditionalImageOutput | tuple[Images]:
+        """Draws one image for each row of labels.
+
+        Args:
+            class_labels: A list with one inner list of names or indices an image, a matrix (batch, num_classes) with
+                entries >= 0, or a 1-D integer tensor with one label an image; an empty inner list asks for an empty
+                scene. `None` draws `num_images` images without a condition.
+            num_images: How many images to draw where `class_labels` is `None`.
+            num_inference_steps: Steps of the scheduler; the pipeline's default if not given.
+            guidance_scale: w in `unconditional + w * (conditional - unconditional)`: 1 is off. The pipeline's
+                default if not given.
+            guidance_interval: The part of the steps, from 0 (first) to 1 (last), in which guidance is on, as in
+                *Applying Guidance in a Limited Interval* (Kynkäänniemi et al., 2024,
+                https://arxiv.org/abs/2404.07724).
+            generator: Source of the images' seeds, or a list with one source an image. Without it and `seeds`, torch's
+                global generator is the source.
+            seeds: The seed of each image, or one seed for an image drawn alone.
+            micro_batch_size: Images that go through the network at once; the last chunk is padded to it. Without it,
+                all at once up to 64.
+            output_type: `pil` for a list of images, `np` for float32 (B, H, W, C) in [0, 1], `pt` for a tensor
+                (B, C, H, W) in [0, 1].
+            return_dict: Whether to return a `ConditionalImageOutput` rather than a tuple `(images,)`.
+            num_states: Number of states on the way to return, the first being the noise: 10 gives a strip with every
+                tenth of the way.
+            callback_on_step_end: Called as `callback(pipe, step_index, timestep, {"sample": sample})` after each step
+                of each chunk; a returned dictionary may hold a `sample` that goes on in its place.
+
+        Returns:
+            The images, their seeds and, if asked for, the states.
+
+        Raises:
+            ValueError: If an argument is not of the form above, or asks for what this model or scheduler cannot do.
+        """
+        multi_hot = self.encode_labels(class_labels, num_images)
+        num_steps = self._positive("num_inference_steps", num_inference_steps, self.config.default_num_inference_steps)
+        if guidance_scale is None:
+            guidance_scale = 1.0 if class_labels is None else self.config.default_guidance_scale
+        self._check_guidance(class_labels, guidance_scale, guidance_interval)
+        self._check_scheduler()
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"`output_type` must be `pil`, `np` or `pt`, got {output_type!r}.")
+        if not 0 <= num_states <= num_steps:
+            raise ValueError(f"`num_states` must lie between 0 and the {num_steps} steps, got {num_states}.")
+        seeds = self._image_seeds(len(multi_hot), generator, seeds)
+        chunk_size = self._positive("micro_batch_size", micro_batch_size, min(len(multi_hot), LARGEST_BATCH))
+
+        chunks = []
+        starts = range(0, len(multi_hot), chunk_size)
+        with self.progress_bar(total=len(starts) * num_steps) as progress_bar:
+            for start in starts:
+                rows = torch.arange(start, start + chunk_size).clamp(
+                    max=len(multi_hot) - 1
+                )  # padded by the last image
+                num_real = min(chunk_size, len(multi_hot) - start)
+                states = self._denoise(
+                    None if class_labels is None else multi_hot[rows],
+                    [seeds[row] for row in rows],
+                    num_steps=num_steps,
+                    guidance_scale=guidance_scale,
+                    guidance_interval=guidance_interval,
+                    num_states=num_states,
+                    callback=callback_on_step_end,
+                    on_step=progress_bar.update,
+                )
+                chunks.append([state[:num_real] for state in states])
+
+        *states, images = (self._to_images(torch.cat(parts), output_type) for parts in zip(*chunks, strict=True))
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        return ConditionalImageOutput(images=images, seeds=seeds, states=states if num_states else None)
+
+    def encode_labels(
+        self, class_labels: Sequence[Sequence[str | int]] | Tensor | np.ndarray | None, num_images: int | None = None
+    ) -> Tensor:
+        """Makes the multi-hot matrix (batch, num_classes), float32, of labels in any spelling that a call accepts.
+
+        `None` with `num_images` gives that many rows of zeros, which a call ignores.
+
+        Raises:
+            ValueError: If the labels do not fit the vocabulary, or ask for what the model never saw in training.
+        """
+        if class_labels is None:
+            if num_images is None:
+                raise ValueError(
+                    "`class_labels` must be given, or `num_images` with `class_labels=None` to draw without a condition."
+                )
+            if not self.unet.config.null_condition:
+                raise ValueError(
+                    "`class_labels` must be given: this model was trained without label dropout and cannot draw without"
+                    " a condition."
+                )
+            return torch.zeros(self._positive("num_images", num_images, 1), len(self.vocabulary))
+        if num_images is not None:
+            raise ValueError(
+                f"`num_images` goes with `class_labels=None` only, got {num_images}; ask for several images of the same"
+                " labels by repeating them: [labels] * n."
+            )
+        multi_hot = self.vocabulary.encode(class_labels).cpu()
+        empty = (multi_hot == 0).all(dim=1).nonzero().flatten().tolist()
+        if empty and not self.unet.config.empty_condition:
+            raise ValueError(
+                f"`class_labels[{empty[0]}]` asks for an empty scene, which this model never saw in training; name at"
+                " least one label, or use `class_labels=None` to draw without a condition."
+            )
+        return multi_hot
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # noqa: ANN401 -- diffusers' own
+        """Saves the pipeline as diffusers does; `push_to_hub=True` is refused, since it would upload the whole folder.
+
+        Raises:
+            ValueError: If `push_to_hub` is given.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError(
+                "`push_to_hub` must be left out: it would upload whatever lies in the folder; use"
+                " `pipe.push_to_hub(repo_id)`, which uploads the model, its code and its card alone."
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        dry_run: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> Any:  # noqa: ANN401 -- the commit, or the files of a dry run
+        """Uploads this pipeline with its code and a model card, as `iclevr_diffusion.hub.push_to_hub` does.
+
+        It takes the package `iclevr_diffusion`, and a pipeline that `iclevr_diffusion.load_pipeline` has opened.
+        """
+        # By its name, since diffusers asks people to install whatever a published file has an import statement for.
+        hub = importlib.import_module("iclevr_diffusion.hub")
+        return hub.push_to_hub(
+            self,
+            repo_id,
+            private=private,
+            dry_run=dry_run,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
+
+    def _denoise(
+        self,
+        multi_hot: Tensor | None,
+        seeds: list[int],
+        *,
+        num_steps: int,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        num_states: int,
+        callback: Callable | None,
+        on_step: Callable[[], Any],
+    ) -> list[Tensor]:
+        """Draws one chunk and returns `num_states` states and the result, in the standardized space, on the CPU."""
+        device, dtype = self._execution_device, next(self.unet.parameters()).dtype
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.scheduler.set_timesteps(num_steps, device=device)
+        timesteps = self.scheduler.timesteps
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generators} if takes_generator else {}
+        keep_at = {round(k * len(timesteps) / num_states) for k in range(num_states)} if num_states else set()
+
+        config = self.unet.config
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+        # The state stays in float32 whatever the weights' dtype: half precision would round it at every step.
+        sample = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        if multi_hot is not None:
+            multi_hot = multi_hot.to(device, dtype)
+        states = []
+        for i, t in enumerate(timesteps):
+            scaled = sample
+            if hasattr(self.scheduler, "scale_model_input"):
+                scaled = self.scheduler.scale_model_input(sample, t)
+            if i in keep_at:
+                states.append(self.unet.unstandardize(scaled).cpu())
+
+            in_interval = guidance_interval[0] <= i / len(timesteps) < guidance_interval[1]
+            if guidance_scale != 1.0 and in_interval:
+                null_mask = torch.arange(2 * len(sample), device=device) >= len(sample)
+                both = self.unet(
+                    torch.cat([scaled, scaled]).to(dtype), t, torch.cat([multi_hot, multi_hot]), null_mask
+                )
+                conditional, unconditional = both.sample.float().chunk(2)
+                prediction = torch.lerp(unconditional, conditional, guidance_scale)
+            else:
+                prediction = self.unet(scaled.to(dtype), t, multi_hot).sample.float()
+            sample = self.scheduler.step(prediction, t, sample, **step_kwargs).prev_sample
+
+            if callback is not None:
+                returned = callback(self, i, t, {"sample": sample})
+                sample = (returned or {}).get("sample", sample)
+            # Second-order solvers visit a time twice; the bar counts steps as the caller did.
+            if (i + 1) * num_steps // len(timesteps) > i * num_steps // len(timesteps):
+                on_step()
+        return [*states, self.unet.unstandardize(sample).cpu()]
+
+    def _to_images(self, pixels: Tensor, output_type: str) -> Images:
+        return self.image_processor.postprocess(pixels, output_type=output_type)
+
+    def _image_seeds(
+        self,
+        num_images: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        seeds: Sequence[int] | int | None,
+    ) -> list[int]:
+        if seeds is not None:
+            if generator is not None:
+                raise ValueError("`seeds` and `generator` must not both be given; `seeds` has one integer an image.")
+            seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+            is_seed = [isinstance(seed, (int, np.integer)) and 0 <= seed < 2**63 for seed in seeds]
+            if len(seeds) != num_images or not all(is_seed):
+                raise ValueError(
+                    f"`seeds` must hold {num_images} integers from 0 to 2**63 - 1, one an image, got {len(seeds)}:"
+                    f" {str(seeds)[:80]}."
+                )
+            return [int(seed) for seed in seeds]
+        if not isinstance(generator, list):
+            device = "cpu" if generator is None else generator.device
+            return torch.randint(2**63 - 1, (num_images,), generator=generator, device=device).tolist()
+        if len(generator) != num_images:
+            raise ValueError(
+                f"`generator` must be one, or a list of {num_images}, one an image; got {len(generator)}."
+            )
+        return [torch.randint(2**63 - 1, (), generator=source, device=source.device).item() for source in generator]
+
+    def _check_guidance(
+        self, class_labels: object, guidance_scale: float, guidance_interval: tuple[float, float]
+    ) -> None:
+        start, stop = guidance_interval
+        if not 0.0 <= start <= stop <= 1.0:
+            raise ValueError(
+                f"`guidance_interval` must be two fractions of the way with 0 <= start <= stop <= 1, got {guidance_interval}."
+            )
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}; 1 is off.")
+        if guidance_scale == 1.0:
+            return
+        if class_labels is None:
+            raise ValueError(
+                f"`guidance_scale` must be 1 where `class_labels` is None, got {guidance_scale}: there is no condition to"
+                " guide towards."
+            )
+        if not self.unet.config.null_condition:
+            raise ValueError(
+                f"`guidance_scale` must be 1 for this model, got {guidance_scale}: it was trained without label dropout,"
+                " so it has no unconditional prediction."
+            )
+
+    def _check_scheduler(self) -> None:
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        wanted = self.unet.config.prediction_type
+        if hasattr(self.scheduler, "precondition_inputs"):
+            raise ValueError(
+                f"`scheduler` must leave the network's inputs and outputs as they are, got {name}, which expects a"
+                " network with its preconditioning; use EulerDiscreteScheduler or DPMSolverMultistepScheduler."
+            )
+        if name.startswith("FlowMatch"):
+            offered = "flow"
+        else:
+            offered = config.get("prediction_type")
+            if offered == "flow_prediction" and config.get("use_flow_sigmas"):
+                offered = "flow"
+        if offered != wanted:
+            if wanted == "flow":
+                way_out = (
+                    "use FlowMatchEulerDiscreteScheduler, or for example DPMSolverMultistepScheduler("
+                    "prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=...)"
+                )
+            else:
+                way_out = f"make it by {name}.from_config(pipe.scheduler.config, prediction_type={wanted!r})"
+            raise ValueError(
+                f"`scheduler` must take the network's prediction type {wanted!r}, got {name} for {offered!r}; {way_out}."
+            )
+        for option in ("clip_sample", "thresholding"):
+            if config.get(option) and self.unet.data_std != 1:
+                raise ValueError(
+                    f"`scheduler` must not clip, got {name} with {option}=True: this network's space is not bounded by"
+                    f" [-1, 1]; make it by {name}.from_config(pipe.scheduler.config, {option}=False)."
+                )
+
+    @staticmethod
+    def _positive(name: str, value: int | None, default: int) -> int:
+        if value is None:
+            return default
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        return int(value)
