@@ -8,7 +8,7 @@ PYTEST_FLAGS ?= -n 2
 DEMO_FOLDER ?= outputs/demo
 DEMO_LABELS ?= "red cube" "blue sphere, gray cylinder" "cyan cube, yellow sphere, purple cylinder" "green sphere"
 DEMO_SAMPLE_FLAGS ?= --seed 1
-DEMO_EVALUATE_FLAGS ?= --labels test new_test --seeds 1
+DEMO_EVALUATE_FLAGS ?= --protocols test new_test --seeds 1
 
 # Stands beside the environment from the first step of an installation to the last.
 unfinished := $(VENV).unfinished

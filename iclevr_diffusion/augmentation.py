@@ -46,6 +46,17 @@ def random_blur(
     return torch.lerp(pixel_values, blurred, _uniform(pixel_values, low, high, generator))
 
 
+def random_resample(pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Shrinks a quarter of the images to half and a quarter to three quarters of their size, and enlarges them again."""
+    size, draw = pixel_values.shape[-2:], _uniform(pixel_values, 0, 1, generator)
+    result = pixel_values
+    for factor, low, high in ((0.5, 0.0, 0.25), (0.75, 0.25, 0.5)):
+        small_size = [max(1, round(factor * side)) for side in size]
+        small = F.interpolate(pixel_values, small_size, mode="bilinear", antialias=True)
+        result = torch.where((draw >= low) & (draw < high), F.interpolate(small, size, mode="bilinear"), result)
+    return result
+
+
 def random_light(
     pixel_values: Tensor,
     brightness: float = 0.15,
@@ -75,7 +86,8 @@ def random_noise(pixel_values: Tensor, max_std: float = 0.1, generator: torch.Ge
 
 
 def augment(pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Flips, shifts, blurs or sharpens, relights and roughens images in [-1, 1] and cuts the result to [-1, 1]."""
+    """Flips, shifts, resamples, blurs or sharpens, relights and roughens images in [-1, 1]; cuts the result to [-1, 1]."""
     pixel_values = random_shift(random_flip(pixel_values, generator), generator=generator)
+    pixel_values = random_resample(pixel_values, generator)
     pixel_values = random_light(random_blur(pixel_values, generator=generator), generator=generator)
     return random_noise(pixel_values, generator=generator).clamp(-1, 1)

@@ -207,11 +207,13 @@ def _rows(results: Mapping[str, Any], *, is_pipeline: bool) -> list[dict[str, An
         return []
     if not is_pipeline:
         # A judge is scored on images whose labels are known, in all and by number of objects.
-        (scores,) = [value for value in results["held_out_images"].values() if isinstance(value, Mapping)]
-        parts = [("held-out images", scores)]
-        parts += [
-            (f"of these with {k} label{'' if k == '1' else 's'}", part) for k, part in scores["by_num_objects"].items()
-        ]
+        parts = []
+        for name, scores in results["data"].items():
+            parts.append((f"{name}, held out", scores))
+            parts += [
+                (f"{name}, held out, {k} label{'' if k == '1' else 's'}", part)
+                for k, part in scores["by_num_objects"].items()
+            ]
         return [
             {
                 "judge": "itself",
@@ -225,11 +227,14 @@ def _rows(results: Mapping[str, Any], *, is_pipeline: bool) -> list[dict[str, An
             for name, part in parts
         ]
     rows = []
-    for judge, scores in results["scores"].items():
-        parts = list(scores["lists"].items())
-        if "mean_of_lists" in scores:
-            num_images = sum(part["num_images"] for _, part in parts)
-            parts.append(("mean of the lists", {**scores["mean_of_lists"], "num_images": num_images}))
+    for judge in results["settings"]["judges"]:
+        parts = [
+            (name, part["judges"][judge]["all"] | {"ceiling": part["judges"][judge].get("ceiling")})
+            for name, part in results["protocols"].items()
+        ]
+        if mean := results.get("mean_of_test_and_new_test"):
+            num_images = sum(results["protocols"][name]["num_images"] for name in ("test", "new_test"))
+            parts.append(("mean of test and new_test", mean[judge] | {"num_images": num_images}))
         rows += [
             {
                 "judge": judge,
@@ -238,7 +243,7 @@ def _rows(results: Mapping[str, Any], *, is_pipeline: bool) -> list[dict[str, An
                 "interval": _interval(part["top_k"]),
                 "exact_match": _decimals(part["exact_match"]["value"]),
                 "num_images": f"{part['num_images']:,}",
-                "real_top_k": _decimals(part.get("held_out_top_k_same_num_objects")),
+                "real_top_k": _decimals((part.get("ceiling") or {}).get("top_k")),
                 "taught": judge in results["judges_used_in_training"],
                 "value": part["top_k"]["value"],
             }

@@ -10,11 +10,15 @@ from pathlib import Path
 from accelerate import PartialState
 
 from iclevr_diffusion.command_line import add_pipeline_arguments, open_pipeline
-from iclevr_diffusion.data import open_store
-from iclevr_diffusion.evaluation import Evaluator, load_judge
-from iclevr_diffusion.hub import DEFAULT_JUDGE, DEFAULT_PIPELINE
-from iclevr_diffusion.labels import read_label_lists
+from iclevr_diffusion.data import ImageStore, open_store
+from iclevr_diffusion.evaluation import SEEDS_OF_FEW, SEEDS_OF_MANY, Evaluator
+from iclevr_diffusion.hub import DEFAULT_JUDGES, DEFAULT_PIPELINE, training_facts
+from iclevr_diffusion.judging import load_judge
+from iclevr_diffusion.labels import ICLEVR_LABELS, LabelVocabulary
+from iclevr_diffusion.protocols import MATCHED, PROTOCOLS, Protocol, matched_protocol, open_protocol
 from iclevr_diffusion.scores import format_results
+
+SAMPLING_OPTIONS = ("num_inference_steps", "guidance_scale")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -25,46 +29,54 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         " goes on where it was stopped; on several processes: accelerate launch -m iclevr_diffusion.evaluate ...",
     )
     parser.add_argument(
-        "--labels",
+        "--protocols",
         nargs="+",
-        default=["test", "new_test"],
-        help="files in the form of test.json; test and new_test come along",
+        default=None,
+        help=f"what is drawn: {', '.join(PROTOCOLS)}, {MATCHED} (as often as in the held-out images of --data), or files"
+        f" in the form of test.json; by default test and new_test, or all for other labels, and {MATCHED} with --data",
     )
     parser.add_argument(
         "--judges",
         nargs="+",
         default=None,
         help="folders or hub ids of classifiers, or the course's checkpoint.pth; by default"
-        f" {DEFAULT_JUDGE}, which comes along",
+        f" {' and '.join(DEFAULT_JUDGES)}, which come along",
     )
     parser.add_argument(
         "--judges_used_in_training", nargs="+", default=[], help="names of judges that also taught the pipeline"
     )
     parser.add_argument(
-        "--seeds", type=int, default=30, help="images of each condition; under 10 the result is marked quick"
+        "--seeds",
+        type=int,
+        default=None,
+        help=f"images of each condition; by default {SEEDS_OF_FEW}, and {SEEDS_OF_MANY} where the conditions stand for"
+        " more; under 10 of under 100 conditions the result is marked quick and has no interval",
     )
     parser.add_argument("--out", default="outputs/scores", help="folder of this evaluation; by default outputs/scores")
     parser.add_argument(
         "--data",
         default=None,
-        help="images whose held-out part the judges are tested on; by default ICLEVR_ROOT, if set",
+        help="real images, whose held-out part the judges are tested on and drawn images are compared with; by default"
+        " ICLEVR_ROOT, if set",
+    )
+    parser.add_argument(
+        "--name", default=None, help="what results and leaderboard call the pipeline; by default its folder's name"
     )
     add_pipeline_arguments(parser)
     return parser.parse_args(argv)
 
 
-def by_name(sources: Sequence[str], flag: str) -> dict[str, str]:
-    """Names files or folders by the last part of their path, and refuses two of one name.
+def judges_by_name(sources: Sequence[str]) -> dict[str, str]:
+    """Names judges by the last part of their path, and refuses two of one name.
 
     A folder called `judge`, as every training of a judge writes one, has the name of the run, the folder it lies in.
     """
     named: dict[str, str] = {}
     for source in sources:
         path = Path(source).resolve()
-        is_run = flag == "judges" and path.name == "judge"
-        name = path.parent.name if is_run else path.name.removesuffix(".json").removesuffix(".pth")
+        name = path.parent.name if path.name == "judge" else path.name.removesuffix(".pth")
         if name in named:
-            raise ValueError(f"`{flag}` must have distinct names, got {named[name]} and {source}; rename one.")
+            raise ValueError(f"`judges` must have distinct names, got {named[name]} and {source}; rename one.")
         named[name] = source
     return named
 
@@ -76,41 +88,63 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError(f"`device` must be left out with several processes, got {args.device}: each has its own.")
     pipeline = open_pipeline(args, args.device or state.device)
     pipeline.set_progress_bar_config(disable=True)
-    lists = {}
-    for name, source in by_name(args.labels, "labels").items():
-        # The course's own file names work where there are no such files.
-        path = Path(source)
-        packaged = name in ("test", "new_test") and path.parent == Path() and not path.is_file()
-        lists[name] = read_label_lists(name if packaged else path, pipeline.vocabulary)
+    vocabulary = getattr(pipeline, "vocabulary", None)
     judges = {
-        name: load_judge(source, pipeline.vocabulary.names)
-        for name, source in by_name(args.judges or [DEFAULT_JUDGE], "judges").items()
+        name: load_judge(source, None if vocabulary is None else vocabulary.names)
+        for name, source in judges_by_name(args.judges or DEFAULT_JUDGES).items()
     }
-    evaluator = Evaluator(
-        pipeline,
-        judges,
-        lists,
-        args.out,
-        num_seeds=args.seeds,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        micro_batch_size=args.micro_batch_size,
-        pipeline_name=args.pipeline or DEFAULT_PIPELINE,
-        judges_used_in_training=args.judges_used_in_training,
-    )
     store = None
     if args.data or os.environ.get("ICLEVR_ROOT"):
         store = open_store(
             args.data,
-            resolution=pipeline.unet.config.sample_size,
-            vocabulary=pipeline.vocabulary,
+            resolution=next(iter(judges.values())).config.image_size,
+            vocabulary=vocabulary,
             progress=state.is_main_process,
         )
+    facts = training_facts(args.pipeline, revision=args.revision)
+    evaluator = Evaluator(
+        pipeline,
+        judges,
+        choose_protocols(args.protocols, vocabulary, store, facts["conditions"]),
+        args.out,
+        num_seeds=args.seeds,
+        options={name: getattr(args, name) for name in SAMPLING_OPTIONS if getattr(args, name) is not None},
+        micro_batch_size=args.micro_batch_size,
+        pipeline_name=args.name or pipeline_name(args.pipeline),
+        judges_used_in_training=args.judges_used_in_training,
+        training_conditions=facts["conditions"],
+        data_sha256=facts["data_sha256"],
+    )
     results = evaluator.run(store, no_store_reason="give --data or set ICLEVR_ROOT")
     if state.is_main_process:
         print(format_results(results))
-        print(f"{results['images_per_second_per_process']:.2f} images a second and process")
-        print(f"Written to {Path(args.out).resolve()}: results.json, *_grid.png, *_strips.png, images/, strips/")
+        print(f"Written to {Path(args.out).resolve()}: results.json, records.parquet, drawings/, pictures")
+
+
+def choose_protocols(
+    names: Sequence[str] | None,
+    vocabulary: LabelVocabulary | None,
+    store: ImageStore | None,
+    training_conditions: Sequence[Sequence[str]] | None,
+) -> list[Protocol]:
+    """Opens the named protocols, or those that a pipeline is scored by if none is named."""
+    if names is None:
+        names = [] if vocabulary is None else ["test", "new_test"] if vocabulary == ICLEVR_LABELS else ["all"]
+        names += [MATCHED] if store is not None else []
+    if MATCHED in names and store is None:
+        raise ValueError(f"`protocols`: {MATCHED} needs real images; give --data or set ICLEVR_ROOT.")
+    return [
+        matched_protocol(store)
+        if name == MATCHED
+        else open_protocol(name, vocabulary, training_conditions=training_conditions)
+        for name in names
+    ]
+
+
+def pipeline_name(path_or_repo: str | None) -> str:
+    """Names a pipeline by its folder; a folder called `pipeline` has the name of the run it lies in."""
+    path = Path(path_or_repo or DEFAULT_PIPELINE)
+    return path.resolve().parent.name if path.name in ("pipeline", "best_pipeline") else path.name
 
 
 def main(argv: Sequence[str] | None = None) -> None:

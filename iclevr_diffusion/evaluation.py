@@ -1,19 +1,19 @@
-"""Scoring of a pipeline: its images of every condition of some lists, over many seeds, as judges see them."""
+"""Scoring of a pipeline: its images of every condition of some protocols, as judges see them."""
 
 import hashlib
-import importlib.metadata
+import inspect
 import json
 import os
-import platform
-import shutil
-import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
@@ -22,301 +22,411 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import iclevr_diffusion
-from iclevr_diffusion.conversion import convert_evaluator_checkpoint
-from iclevr_diffusion.data import ImageStore, normalize
+from iclevr_diffusion.cost import measure_cost
+from iclevr_diffusion.data import ImageStore
+from iclevr_diffusion.drawings import Drawings, Unit
+from iclevr_diffusion.environment import describe_environment
 from iclevr_diffusion.images import file_stem, make_grid, make_strip, save_png
-from iclevr_diffusion.models.classifier import LabelClassifier
-from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
-from iclevr_diffusion.scores import (
-    INTERVAL,
-    QUICK_BELOW,
-    Marks,
-    exact_match,
-    mark_images,
-    score_images,
-    score_list,
-    score_mean_of_lists,
-    top_k_hits,
-)
+from iclevr_diffusion.judging import Reading, check_judge_labels, read_images, weights_sha256
+from iclevr_diffusion.protocols import MATCHED, Protocol, matched_protocol
+from iclevr_diffusion.reference import MIN_COMPARED, Reference
+from iclevr_diffusion.scores import INTERVAL, ceiling, is_quick, score_conditions, score_mean
 
-__all__ = [
-    "Evaluator",
-    "check_judge_labels",
-    "exact_match",
-    "image_seed",
-    "load_judge",
-    "top_k_hits",
-    "weights_sha256",
-]
+SCHEMA_VERSION = 2
 
-SCHEMA_VERSION = 1
+NUM_PICTURED = 64  # conditions of a protocol, at most, that are shown in grids and strips
+NUM_SAMPLES = 8  # images in the row that stands for the pipeline beside others
+SEEDS_OF_FEW, SEEDS_OF_MANY = 30, 1  # images of each condition: of a fixed list, and of conditions that stand for more
 
 
-def load_judge(path: str | Path, label_names: Sequence[str] | None = None) -> LabelClassifier | SmallLabelClassifier:
-    """Opens a judge in eval mode and float32, without running any code that lies beside its weights.
+def image_seed(protocol: str, labels: Sequence[str], replicate: int, occurrence: int = 0) -> int:
+    """Gives the seed of one image of an evaluation: the same for any batch, order or number of processes.
 
     Args:
-        path: A folder with `config.json` and safetensors weights, a hub's `owner/name`, the name of a judge that comes
-            with the package, or the course's `checkpoint.pth`.
-        label_names: Names that the judge must know, in this order; None takes the judge as it is.
-
-    Raises:
-        ValueError: If there is no such judge, its weights are not those of its configuration, or it judges other labels.
+        protocol: Name of the protocol.
+        labels: The condition, in any order.
+        replicate: Which image of the condition it is, from 0.
+        occurrence: How often the protocol had this condition before, where it has conditions several times.
     """
-    from iclevr_diffusion.hub import open_judge  # here, as the hub's module opens judges too
-
-    judge = convert_evaluator_checkpoint(path) if Path(path).suffix == ".pth" else open_judge(path)
-    if label_names is not None:
-        check_judge_labels(judge, label_names, name=str(path))
-    return judge
-
-
-def check_judge_labels(judge: nn.Module, label_names: Sequence[str], *, name: str = "The judge") -> None:
-    """Refuses a judge whose outputs stand for other objects than `label_names`, in that order."""
-    if label_names is None:
-        raise ValueError("`label_names` must be the names that the judge must know, in their order, got None.")
-    if judge.config.label_names is None:
-        raise ValueError(f"{name} does not say which labels it judges; make it with `label_names` and save it again.")
-    theirs, ours = list(judge.config.label_names), list(label_names)
-    if theirs == ours:
-        return
-    if sorted(theirs) == sorted(ours):
-        difference = "the same names in another order"
-    else:
-        difference = f"{len(theirs)} names, of which {sorted(set(theirs) ^ set(ours))} stand in one of the two only"
-    raise ValueError(
-        f"{name} judges other labels than the pipeline's {len(ours)}: it has {difference}."
-        " Take a judge trained with the pipeline's `label_names`."
-    )
-
-
-def weights_sha256(*models: nn.Module) -> str:
-    """Hashes the parameters and buffers of models by name, type, shape and value, however their files are cut."""
-    digest = hashlib.sha256()
-    for model in models:
-        for name, tensor in sorted(model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def image_seed(list_name: str, position: int, replicate: int) -> int:
-    """Gives the seed of one image of an evaluation: the same for any batch, order or number of processes."""
-    text = json.dumps([list_name, position, replicate])
+    text = json.dumps([protocol, sorted(labels), replicate] + ([occurrence] if occurrence else []))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-class Unit(NamedTuple):
-    """One image of an evaluation."""
-
-    list_name: str
-    position: int
-    replicate: int
-
-
 class Evaluator:
-    """Draws every condition of some lists many times, lets judges look, and writes down what they see.
+    """Draws every condition of some protocols, lets judges look, and writes down what they see.
 
-    A folder belongs to one setting. What has been drawn is kept in `records/`, a line for each batch, so that a
-    stopped evaluation goes on where it was and more seeds can be added; an evaluation of other settings is refused.
-    Several processes (`accelerate launch`) share the batches and must see the same folder. Images are judged as they
-    are saved, with 8 bits a channel.
+    A folder belongs to one pipeline and one way of drawing. What has been drawn is kept in `drawings/`, so that a
+    stopped evaluation goes on where it was, and protocols, seeds and judges can be added without drawing anything
+    twice; an evaluation of another pipeline or way is refused. Several processes (`accelerate launch`) share the
+    drawing and must see the same folder. Images are judged as they are kept, with 8 bits a channel.
+
+    A pipeline of any kind will do that is called as `pipe(class_labels, seeds=..., micro_batch_size=...,
+    output_type="np")` and has a `vocabulary`. One without a vocabulary is called with `num_images` in the place of
+    labels, and only compared with real images.
 
     Args:
         pipeline: The pipeline to be scored.
         judges: Networks with one logit a label, by the names they get in the results.
-        lists: Lists of conditions by name; a condition is the labels of one image. Any spelling that the pipeline
-            accepts will do, but tensors and arrays of weights other than 0 and 1.
-        output_dir: Folder for records, images and results.
-        num_seeds: How many images are drawn of each condition.
-        num_inference_steps: Steps of the scheduler; None takes the pipeline's own.
-        guidance_scale: Guidance scale, 1 is off; None takes the pipeline's own.
+        protocols: What is drawn; for a pipeline without labels the protocol of the held-out images alone.
+        output_dir: Folder for drawings, records, pictures and results.
+        num_seeds: How many images are drawn of each condition; by default 30 where these are resampled, and 1 where
+            conditions are. Of the held-out images' labels, which come as often as there, it is always 1.
+        options: Further arguments of the pipeline's call, such as `num_inference_steps`; the pipeline's own defaults
+            if not given.
         micro_batch_size: Images that go through the network at once.
         pipeline_name: What the results call the pipeline.
         judges_used_in_training: Names of the judges that also taught the pipeline, whose scores are not independent.
+        training_conditions: The label sets that the pipeline was trained on, if known.
+        data_sha256: Fingerprint of the images that it was trained on, if known.
     """
 
     def __init__(
         self,
         pipeline: DiffusionPipeline,
         judges: Mapping[str, nn.Module],
-        lists: Mapping[str, Sequence[Sequence[str | int]] | Tensor | np.ndarray],
+        protocols: Sequence[Protocol],
         output_dir: str | Path,
         *,
-        num_seeds: int = 30,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        num_seeds: int | None = None,
+        options: Mapping[str, Any] | None = None,
         micro_batch_size: int = 64,
         pipeline_name: str = "",
         judges_used_in_training: Sequence[str] = (),
+        training_conditions: Sequence[Sequence[str]] | None = None,
+        data_sha256: str | None = None,
     ) -> None:
-        if num_inference_steps is None:
-            num_inference_steps = pipeline.config.default_num_inference_steps
-        counts = {
-            "num_seeds": num_seeds,
-            "num_inference_steps": num_inference_steps,
-            "micro_batch_size": micro_batch_size,
-        }
-        for name, count in counts.items():
-            if count < 1:
+        for name, count in {"num_seeds": num_seeds, "micro_batch_size": micro_batch_size}.items():
+            if count is not None and count < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {count}.")
         if not judges:
             raise ValueError("`judges` must hold at least one judge, got none.")
-        if not lists:
-            raise ValueError("`lists` must hold at least one list of conditions, got none.")
-        strangers = sorted(set(judges_used_in_training) - set(judges))
-        if strangers:
+        if not protocols:
+            raise ValueError("`protocols` must hold at least one protocol, got none.")
+        if repeated := [name for name, n in Counter(protocol.name for protocol in protocols).items() if n > 1]:
+            raise ValueError(f"`protocols` must have distinct names, got {repeated[0]!r} more than once.")
+        if strangers := sorted(set(judges_used_in_training) - set(judges)):
             raise ValueError(
                 f"`judges_used_in_training` must name some of the judges {list(judges)}, got {strangers}."
             )
-        self.class_labels, self.lists = {}, {}
-        vocabulary = pipeline.vocabulary
-        for name, conditions in lists.items():
-            if len(conditions) == 0:
-                raise ValueError(f"`lists[{name!r}]` must hold at least one condition, got an empty list.")
-            try:
-                class_labels = pipeline.encode_labels(conditions).cpu()
-            except ValueError as error:
-                raise ValueError(f"`lists[{name!r}]`: {error}") from None
-            if (class_labels.sum(dim=1) == 0).any():
-                raise ValueError(
-                    f"`lists[{name!r}]` must name at least one label in every condition, got an empty one."
-                )
-            if not torch.isin(class_labels, torch.tensor([0.0, 1.0])).all():
-                raise ValueError(f"`lists[{name!r}]` must hold zeros and ones, got {class_labels.max():g} at most.")
-            self.class_labels[name] = class_labels
-            if isinstance(conditions, (Tensor, np.ndarray)):
-                self.lists[name] = vocabulary.decode(class_labels)
-            else:  # in the caller's order
-                self.lists[name] = [[vocabulary.names[vocabulary.index(label)] for label in row] for row in conditions]
-        for name, judge in judges.items():
-            check_judge_labels(judge, pipeline.vocabulary.names, name=f"`judges[{name!r}]`")
-            if judge.config.image_size != pipeline.unet.config.sample_size:
-                raise ValueError(
-                    f"`judges[{name!r}]` must judge {pipeline.unet.config.sample_size}-pixel images like the pipeline's,"
-                    f" but takes {judge.config.image_size}; train a judge at that size."
-                )
         self.state = PartialState()
         self.pipeline = pipeline
+        self.vocabulary = getattr(pipeline, "vocabulary", None)
+        self.protocols = {protocol.name: protocol for protocol in protocols}
+        self._check_protocols()
+        self._check_judges(judges)
         self.judges = {name: judge.to(pipeline.device).float().eval() for name, judge in judges.items()}
         self.output_dir = Path(output_dir)
-        self.num_seeds = num_seeds
-        self.num_inference_steps = num_inference_steps
-        self.guidance_scale = pipeline.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        self.num_seeds = {
+            name: 1 if name == MATCHED else num_seeds or _default_num_seeds(protocol)
+            for name, protocol in self.protocols.items()
+        }
+        self.options = self._with_defaults(options or {})
         self.micro_batch_size = micro_batch_size
         self.pipeline_name = pipeline_name or type(pipeline).__name__
         self.judges_used_in_training = list(judges_used_in_training)
+        self.training_conditions = training_conditions
+        self.data_sha256 = data_sha256
+        self.drawings = Drawings(self.output_dir / "drawings")
         self.settings = self._settings()
         self._check_output_dir()
 
     def run(self, store: ImageStore | None = None, *, no_store_reason: str = "no images were given") -> dict[str, Any]:
-        """Draws what is missing, scores everything, and writes `results.json`, grids and strips.
+        """Draws what is missing, scores everything, and writes `results.json`, `records.parquet` and pictures.
 
         Args:
-            store: Real images whose held-out part shows how well the judges see; the same vocabulary is needed.
+            store: Real images, whose held-out part shows how well the judges see and what drawn images should be
+                like; the same vocabulary is needed.
             no_store_reason: What the results say if there is no store.
 
         Returns:
             The contents of `results.json`; on other than the main process too.
         """
-        held_out = {"missing": no_store_reason} if store is None else self.judge_held_out(store)
+        if store is not None and self.vocabulary is not None and store.vocabulary != self.vocabulary:
+            raise ValueError("`store` must have the labels of the pipeline, in the same order; it has others.")
+        matched = self.protocols.get(MATCHED)
+        if store is not None and matched is not None and matched.sha256 != matched_protocol(store).sha256:
+            raise ValueError(
+                f"`store` must be the images that the protocol {MATCHED!r} was made from; make it anew with"
+                " `matched_protocol(store)`."
+            )
         self.draw()
-        results = self.results(held_out)
+        path = self.output_dir / "results.json"
         if self.state.is_main_process:
-            _write_text(self.output_dir / "results.json", json.dumps(results, indent=2) + "\n")
-            for list_name in self.lists:
-                self._write_pictures(list_name)
+            results, pictures = self._results(store, no_store_reason)
+            _write_text(path, json.dumps(results, indent=2) + "\n")
+            for name, (picture, metadata) in (pictures | self._pictures()).items():
+                save_png(picture, self.output_dir / name, metadata)
         self.state.wait_for_everyone()
-        return results
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def draw(self) -> None:
-        """Draws and judges all images that the folder's records do not hold yet."""
+        """Draws all images that the folder does not hold yet."""
         batches = self._pending_batches()
         if self.state.is_main_process:
-            _write_text(self.output_dir / "records" / "settings.json", json.dumps(self.settings, indent=2) + "\n")
+            _write_text(self.output_dir / "settings.json", json.dumps(self.settings, indent=2) + "\n")
         self.state.wait_for_everyone()
         with self.state.split_between_processes(batches) as own_batches:
-            for batch in tqdm(own_batches, desc="Evaluating", unit="batch", disable=not self.state.is_main_process):
+            for batch in tqdm(own_batches, desc="Drawing", unit="batch", disable=not self.state.is_main_process):
                 self._draw_batch(batch)
         self.state.wait_for_everyone()
 
-    def results(self, held_out: dict[str, Any]) -> dict[str, Any]:
-        """Scores the drawn images and says how, with what and on what they were made.
-
-        `environment` is what the last of them were drawn on; if it changed meanwhile, `environments` lists all.
-        """
-        logits, seconds_per_image = self._read_logits()
-        environments = self._drawn_on()
-        names = self.pipeline.vocabulary.names
-        scores: dict[str, Any] = {}
-        for judge_name in self.judges:
-            seen = held_out.get(judge_name)
-            marks = {
-                list_name: mark_images(logits[judge_name][list_name], asked)
-                for list_name, asked in self.class_labels.items()
+    def _results(self, store: ImageStore | None, no_store_reason: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Judges and scores the drawn images; returns the contents of `results.json`, and pictures by file name."""
+        pixel_values, readings = self._judge()
+        self._write_records(readings)
+        held_out = distribution = {"missing": no_store_reason}
+        pictures: dict[str, Any] = {}
+        if store is not None and len(store.indices("held-out")) == 0:
+            held_out = distribution = {"missing": "the data have no held-out scene"}
+        elif store is not None:
+            reference = Reference(store, self.judges)
+            held_out = reference.scores()
+            distribution, pictures = self._compare_with(reference, pixel_values, readings)
+        protocols: dict[str, Any] = {}
+        if self.vocabulary is not None:
+            protocols = {
+                name: self._score(protocol, readings[name], held_out.get("judges", {}))
+                for name, protocol in self.protocols.items()
             }
-            lists = {list_name: score_list(mark, names, seen) for list_name, mark in marks.items()}
-            scores[judge_name] = {"lists": lists}
-            if len(lists) > 1:
-                together = Marks(*(np.concatenate(parts) for parts in zip(*marks.values(), strict=True)))
-                scores[judge_name]["all_lists"] = score_list(together, names, seen)
-                scores[judge_name]["mean_of_lists"] = mean = score_mean_of_lists([*marks.values()])
-                ceilings = [score.get("held_out_top_k_same_num_objects") for score in lists.values()]
-                if None not in ceilings:
-                    mean["held_out_top_k_same_num_objects"] = sum(ceilings) / len(ceilings)
-        return {
+        results = {
             "schema_version": SCHEMA_VERSION,
-            "quick": self.num_seeds < QUICK_BELOW,
-            "pipeline": self.pipeline_name,
-            "num_seeds": self.num_seeds,
-            "settings": self.settings,
+            "pipeline": {
+                "name": self.pipeline_name,
+                "class": type(self.pipeline).__name__,
+                "weights_sha256": self.settings["weights_sha256"],
+                "num_parameters": sum(weight.numel() for model in self._networks for weight in model.parameters()),
+                "data_sha256": self.data_sha256,
+            },
+            "settings": {key: value for key, value in self.settings.items() if key != "protocols"}
+            | {
+                "judges": {
+                    name: {
+                        "class": type(judge).__name__,
+                        "weights_sha256": weights_sha256(judge),
+                        "threshold": judge.config.threshold,
+                    }
+                    for name, judge in self.judges.items()
+                }
+            },
+            "quick": any(part["quick"] for part in protocols.values()),
             "judges_used_in_training": self.judges_used_in_training,
-            "interval": INTERVAL,
-            "scores": scores,
+            "protocols": protocols,
+        }
+        if {"test", "new_test"} <= protocols.keys():
+            results["mean_of_test_and_new_test"] = {
+                judge: self._score_mean(judge, readings, protocols) for judge in self.judges
+            }
+        environments = self._drawn_on()
+        results |= {
             "held_out_images": held_out,
-            "images_per_second_per_process": 1 / seconds_per_image,
+            "distribution": distribution,
+            "cost": self._cost(),
+            "interval": INTERVAL,
             "environment": environments[-1],
-        } | ({"environments": environments} if len(environments) > 1 else {})
+        }
+        return results | ({"environments": environments} if len(environments) > 1 else {}), pictures
 
-    def judge_held_out(self, store: ImageStore) -> dict[str, Any]:
-        """Gives each judge's own score on the held-out images of `store`, in all and by number of objects."""
-        if store.vocabulary != self.pipeline.vocabulary:
-            raise ValueError("`store` must have the labels of the pipeline, in the same order; it has others.")
-        indices = store.indices("held-out")
-        if len(indices) == 0:
-            return {"missing": "the data have no held-out scene"}
-        logits = self._judge(store.pixel_values[indices])
-        class_labels = torch.from_numpy(np.asarray(store.class_labels[indices])).float()
-        scores = {name: score_images(judge_logits, class_labels) for name, judge_logits in logits.items()}
-        return {"data_sha256": store.sha256} | scores
+    def _judge(self) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Reading]]]:
+        """Reads all drawn images of the protocols.
+
+        Returns:
+            By protocol the images of those whose images are compared with each other, uint8
+            (num_conditions * num_seeds, 3, H, W), and what each judge makes of all of them, in the same order.
+        """
+        logits: dict[tuple[str, str], Tensor] = {}
+        features: dict[tuple[str, str], Tensor] = {}
+        pixel_values: dict[str, np.ndarray] = {}
+        batches = tqdm(self.drawings.batches(), desc="Judging", unit="batch", disable=not self.state.is_main_process)
+        for units, images, _ in batches:
+            rows: dict[str, tuple[list[int], list[int]]] = {}
+            for row, unit in enumerate(units):
+                if unit.protocol in self.protocols and unit.replicate < self.num_seeds[unit.protocol]:
+                    here, there = rows.setdefault(unit.protocol, ([], []))
+                    here.append(row)
+                    there.append(unit.position * self.num_seeds[unit.protocol] + unit.replicate)
+            for judge_name, judge in self.judges.items() if rows else ():
+                reading = read_images(judge, images, batch_size=self.micro_batch_size)
+                for name, (here, there) in rows.items():
+                    num_images = len(self.protocols[name]) * self.num_seeds[name]
+                    for found, gathered in ((reading.logits, logits), (reading.features, features)):
+                        if (name, judge_name) not in gathered:
+                            gathered[name, judge_name] = torch.full((num_images, found.shape[1]), torch.nan)
+                        gathered[name, judge_name][there] = found[here]
+            for name, (here, there) in rows.items():
+                if self.protocols[name].resampled == "replicates" or name == MATCHED:
+                    shape = (len(self.protocols[name]) * self.num_seeds[name], *images.shape[1:])
+                    pixel_values.setdefault(name, np.empty(shape, np.uint8))[there] = images[here]
+        readings = {
+            name: {judge: Reading(logits[name, judge], features[name, judge]) for judge in self.judges}
+            for name in self.protocols
+        }
+        return pixel_values, readings
+
+    def _score(
+        self, protocol: Protocol, readings: Mapping[str, Reading], held_out: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        class_labels = self.pipeline.encode_labels(protocol.conditions).cpu()
+        num_seeds = self.num_seeds[protocol.name]
+        seen = None
+        if self.training_conditions is not None:
+            known = {frozenset(labels) for labels in self.training_conditions}
+            seen = torch.tensor([frozenset(labels) in known for labels in protocol.conditions])
+        num_objects = class_labels.sum(dim=1).long().numpy()
+        judges = {}
+        for name, reading in readings.items():
+            judges[name] = score_conditions(
+                reading.logits.unflatten(0, (len(protocol), num_seeds)),
+                class_labels,
+                label_names=self.vocabulary.names,
+                threshold=self.judges[name].config.threshold,
+                resampled=protocol.resampled,
+                seen=seen,
+                ceiling=ceiling(held_out[name], num_objects) if name in held_out else None,
+            )
+        return {
+            "sha256": protocol.sha256,
+            "num_conditions": len(protocol),
+            "num_replicates": num_seeds,
+            "num_images": len(protocol) * num_seeds,
+            "quick": is_quick(len(protocol), num_seeds),
+            "resampled": protocol.resampled,
+            "judges": judges,
+        }
+
+    def _score_mean(
+        self, judge: str, readings: Mapping[str, Mapping[str, Reading]], protocols: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        parts, ceilings = [], []
+        for name in ("test", "new_test"):
+            protocol = self.protocols[name]
+            logits = readings[name][judge].logits.unflatten(0, (len(protocol), self.num_seeds[name]))
+            parts.append((logits, self.pipeline.encode_labels(protocol.conditions).cpu()))
+            ceilings.append(protocols[name]["judges"][judge].get("ceiling"))
+        mean = score_mean(parts, threshold=self.judges[judge].config.threshold)
+        if None not in ceilings:
+            mean["ceiling"] = {key: sum(part[key] for part in ceilings) / len(ceilings) for key in ceilings[0]}
+        return mean
+
+    def _compare_with(
+        self,
+        reference: Reference,
+        pixel_values: Mapping[str, np.ndarray],
+        readings: Mapping[str, Mapping[str, Reading]],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        if MATCHED not in self.protocols:
+            return {"missing": f"the protocol {MATCHED!r} was not drawn"}, {}
+        if reference.num_compared < MIN_COMPARED:
+            reason = f"{reference.num_compared} held-out images have labels that training images have too"
+            return {"missing": f"only {reason}, and {MIN_COMPARED} are needed"}, {}
+        trained_on_these = None if self.data_sha256 is None else self.data_sha256 == reference.store.sha256
+        distribution, nearest = reference.distribution(
+            pixel_values[MATCHED], readings[MATCHED], trained_on_these=trained_on_these
+        )
+        if self.vocabulary is not None:
+            names = list(pixel_values)
+            conditions = [
+                frozenset(labels)
+                for name in names
+                for labels in self.protocols[name].conditions
+                for _ in range(self.num_seeds[name])
+            ]
+            distribution["diversity"] = reference.diversity(
+                conditions,
+                np.concatenate([pixel_values[name] for name in names]),
+                {judge: torch.cat([readings[name][judge].features for name in names]) for judge in self.judges},
+            )
+        return distribution, {"nearest.png": (nearest, {"model": self.pipeline_name})}
+
+    def _cost(self) -> dict[str, Any]:
+        """Says how fast images are drawn and what one takes, measured on this machine in this run."""
+        condition = next(iter(self.protocols.values())).conditions[0]
+
+        def draw(num_images: int) -> None:
+            self._call([condition] * num_images, list(range(num_images)), micro_batch_size=num_images)
+
+        cost = measure_cost(draw, self._networks, batch_size=self.micro_batch_size)
+        return cost | {
+            "device": self.pipeline.device.type,
+            "dtype": self.settings["dtype"],
+            "num_threads": torch.get_num_threads(),
+            "num_parameters": sum(weight.numel() for model in self._networks for weight in model.parameters()),
+        }
+
+    @property
+    def _networks(self) -> list[nn.Module]:
+        return [model for _, model in sorted(self.pipeline.components.items()) if isinstance(model, nn.Module)]
 
     def _settings(self) -> dict[str, Any]:
-        networks = [model for _, model in sorted(self.pipeline.components.items()) if isinstance(model, nn.Module)]
-        scheduler = json.loads(self.pipeline.scheduler.to_json_string())
-        scheduler.pop("_diffusers_version", None)
+        scheduler = None
+        if hasattr(self.pipeline, "scheduler"):
+            scheduler = json.loads(self.pipeline.scheduler.to_json_string())
+            scheduler.pop("_diffusers_version", None)
         return {
-            "pipeline": {"class": type(self.pipeline).__name__, "weights_sha256": weights_sha256(*networks)},
-            "judges": {
-                name: {"class": type(judge).__name__, "weights_sha256": weights_sha256(judge)}
-                for name, judge in self.judges.items()
-            },
-            "lists": self.lists,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
+            "class": type(self.pipeline).__name__,
+            "weights_sha256": weights_sha256(*self._networks),
+            "options": self.options,
             "scheduler": scheduler,
             "micro_batch_size": self.micro_batch_size,
             "dtype": str(self.pipeline.dtype).removeprefix("torch."),
             "device": self.pipeline.device.type,
-            "image_seeds": "first 63 bits of SHA-256 of [list, position, replicate] as JSON",
+            "protocols": {name: protocol.sha256 for name, protocol in self.protocols.items()},
+            "image_seeds": "first 63 bits of SHA-256 of [protocol, sorted labels, replicate] as JSON; noise drawn on the"
+            " CPU in float32",
         }
 
-    def _check_output_dir(self) -> None:
-        folder = self.output_dir / "records"
-        if not any(folder.glob("process-*.jsonl")):
+    def _with_defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Checks the options of the pipeline's call, and adds those for which the pipeline has a default of its own."""
+        accepted = inspect.signature(type(self.pipeline).__call__).parameters
+        config = self.pipeline.config
+        own = {name: config[f"default_{name}"] for name in accepted if f"default_{name}" in config}
+        if self.vocabulary is None:
+            own.pop("guidance_scale", None)  # there is nothing to guide towards
+        if unknown := sorted(set(options) - set(accepted)):
+            raise ValueError(
+                f"`options` must be arguments of {type(self.pipeline).__name__}'s call, got {', '.join(unknown)}; leave"
+                " out what this kind of pipeline does not have."
+            )
+        return own | dict(options)
+
+    def _check_protocols(self) -> None:
+        if self.vocabulary is None:
+            if set(self.protocols) != {MATCHED}:
+                raise ValueError(
+                    f"`protocols` must be {MATCHED!r} alone for a pipeline without labels, got {list(self.protocols)}:"
+                    " there is no condition that its images could be scored on."
+                )
             return
-        there = _flatten(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
-        here = _flatten(self.settings)
-        different = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+        for name, protocol in self.protocols.items():
+            try:
+                self.pipeline.encode_labels(protocol.conditions)
+            except ValueError as error:
+                raise ValueError(f"`protocols`, {name}: {error}") from None
+
+    def _check_judges(self, judges: Mapping[str, nn.Module]) -> None:
+        names = next(iter(judges.values())).config.label_names if self.vocabulary is None else self.vocabulary.names
+        sizes = [getattr(getattr(model, "config", None), "sample_size", None) for model in self._networks]
+        size = next((size for size in sizes if size is not None), None)
+        for name, judge in judges.items():
+            check_judge_labels(judge, names, name=f"`judges[{name!r}]`")
+            if size is not None and judge.config.image_size != size:
+                raise ValueError(
+                    f"`judges[{name!r}]` must judge {size}-pixel images like the pipeline's, but takes"
+                    f" {judge.config.image_size}; train a judge at that size."
+                )
+
+    def _check_output_dir(self) -> None:
+        """Refuses a folder of another way of drawing; one with other protocols will do, if none has the same name."""
+        path = self.output_dir / "settings.json"
+        if not any(self.drawings.folder.glob("*.parquet")):
+            return
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        self.settings["protocols"] = settings["protocols"] | self.settings["protocols"]
+        there, here = _flatten(settings), _flatten(self.settings)
+        different = sorted(
+            key
+            for key in there.keys() | here.keys()
+            if there.get(key) != here.get(key) and (key in there or not key.startswith("protocols."))
+        )
         if different:
             key = different[0]
             was, now = (str(settings.get(key))[:60] for settings in (there, here))
@@ -326,154 +436,166 @@ class Evaluator:
             )
 
     def _pending_batches(self) -> list[list[Unit]]:
-        """Cuts what is still to be drawn into batches, the first replicate, whose images are kept, by itself."""
-        recorded = {unit for record in self._read_records() for unit in record["units"]}
+        """Cuts what is still to be drawn into batches, those whose way from noise is shown by themselves."""
+        drawn = self.drawings.units()
         pending: tuple[list[Unit], list[Unit]] = ([], [])
-        for replicate in range(self.num_seeds):
-            for list_name, conditions in self.lists.items():
-                for position in range(len(conditions)):
-                    unit = Unit(list_name, position, replicate)
-                    is_drawn = unit in recorded and (
-                        replicate > 0 or all(self._image_file(unit, kind).is_file() for kind in ("images", "strips"))
-                    )
-                    if not is_drawn:
-                        pending[replicate > 0].append(unit)
+        for name, protocol in self.protocols.items():
+            for replicate in range(self.num_seeds[name]):
+                for position in range(len(protocol)):
+                    unit = Unit(name, position, replicate)
+                    has_strip = self._has_strip(unit)
+                    if unit not in drawn or (has_strip and not self._picture_file(unit, "strips").is_file()):
+                        pending[not has_strip].append(unit)
         size = self.micro_batch_size
         return [part[start : start + size] for part in pending for start in range(0, len(part), size)]
 
+    def _has_strip(self, unit: Unit) -> bool:
+        takes_states = "num_states" in inspect.signature(type(self.pipeline).__call__).parameters
+        return takes_states and unit.protocol != MATCHED and unit.replicate == 0 and unit.position < NUM_PICTURED
+
     def _draw_batch(self, batch: list[Unit]) -> None:
-        keeps_images = batch[0].replicate == 0
+        conditions = [self.protocols[unit.protocol].conditions[unit.position] for unit in batch]
+        seeds = [self._seed(unit) for unit in batch]
+        keeps_states = self._has_strip(batch[0])
+        # A strip of ten states and the image; few-step samplers have fewer.
+        num_states = min(10, self.options.get("num_inference_steps", 10)) if keeps_states else 0
+        states = {"num_states": num_states} if keeps_states else {}
         begin = time.perf_counter()
-        output = self.pipeline(
-            [self.lists[unit.list_name][unit.position] for unit in batch],
-            seeds=[image_seed(*unit) for unit in batch],
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            micro_batch_size=self.micro_batch_size,
-            num_states=min(10, self.num_inference_steps) if keeps_images else 0,
-            output_type="np",
-        )
+        output = self._call(conditions, seeds, micro_batch_size=self.micro_batch_size, **states)
         seconds = time.perf_counter() - begin
         if not np.isfinite(output.images).all():
             raise ValueError("The pipeline drew images that are not finite; check its weights, or use dtype float32.")
-        pixels = _to_uint8(output.images)
-        logits = self._judge(pixels.transpose(0, 3, 1, 2))
-        if keeps_images:
-            states = [_to_uint8(state) for state in output.states] + [pixels]
+        pixel_values = _to_uint8(output.images)
+        if keeps_states:
             for row, unit in enumerate(batch):
-                metadata = {
-                    "labels": ", ".join(self.lists[unit.list_name][unit.position]),
-                    "seed": image_seed(*unit),
-                    "model": self.pipeline_name,
-                    "num_inference_steps": self.num_inference_steps,
-                    "guidance_scale": self.guidance_scale,
-                    "Software": f"iclevr_diffusion {iclevr_diffusion.__version__}",
-                }
-                save_png(Image.fromarray(pixels[row]), self._image_file(unit, "images"), metadata)
-                save_png(
-                    make_strip([Image.fromarray(state[row]) for state in states]),
-                    self._image_file(unit, "strips"),
-                    metadata,
-                )
-        # float(str(x)) is the shortest decimal of a float32, so that the numbers come back to the bit.
-        record = {
-            "units": batch,
-            "time": time.time(),
-            "environment": self._environment,
-            "seconds": seconds,
-            "logits": {name: [[float(str(x)) for x in row] for row in rows.numpy()] for name, rows in logits.items()},
-        }
-        file = self.output_dir / "records" / f"process-{self.state.process_index:05d}.jsonl"
-        _append_line(file, json.dumps(record))
+                way = [_to_uint8(state[row]) for state in output.states] + [pixel_values[row]]
+                strip = make_strip([Image.fromarray(state) for state in way])
+                save_png(strip, self._picture_file(unit, "strips"), self._metadata(unit))
+        self.drawings.add(
+            batch,
+            pixel_values.transpose(0, 3, 1, 2),
+            labels=conditions,
+            seeds=seeds,
+            record={"time": time.time(), "seconds": seconds, "environment": self._environment},
+            process_index=self.state.process_index,
+        )
 
-    @torch.no_grad()
-    def _judge(self, pixel_values: np.ndarray) -> dict[str, Tensor]:
-        """Gives each judge's logits (N, num_classes) on the CPU for uint8 images (N, 3, H, W)."""
-        logits: dict[str, list[Tensor]] = {name: [] for name in self.judges}
-        size = self.micro_batch_size
-        for start in range(0, len(pixel_values), size):
-            images = torch.from_numpy(np.ascontiguousarray(pixel_values[start : start + size]))
-            num_real = len(images)
-            # Kernels round by batch shape: one shape for every batch makes the logits independent of the batches.
-            images = torch.cat([images, images.new_zeros(size - num_real, *images.shape[1:])])
-            images = normalize(images.to(self.pipeline.device))
-            for name, judge in self.judges.items():
-                logits[name].append(judge(images).logits[:num_real].float().cpu())
-        return {name: torch.cat(parts) for name, parts in logits.items()}
+    def _call(self, conditions: Sequence[Sequence[str]], seeds: list[int], **arguments: Any) -> Any:  # noqa: ANN401
+        """Calls the pipeline for images as float32 arrays (B, H, W, C) in [0, 1]."""
+        arguments |= {"seeds": seeds, "output_type": "np", **self.options}
+        if self.vocabulary is None:
+            return self.pipeline(num_images=len(seeds), **arguments)
+        return self.pipeline([list(labels) for labels in conditions], **arguments)
+
+    def _seed(self, unit: Unit) -> int:
+        protocol = self.protocols[unit.protocol]
+        return image_seed(
+            unit.protocol,
+            protocol.conditions[unit.position],
+            unit.replicate,
+            self._occurrences[unit.protocol][unit.position],
+        )
+
+    @cached_property
+    def _occurrences(self) -> dict[str, list[int]]:
+        """For each condition of a protocol, how often the protocol had it before."""
+        occurrences = {}
+        for name, protocol in self.protocols.items():
+            counts: Counter[frozenset[str]] = Counter()
+            occurrences[name] = []
+            for labels in protocol.conditions:
+                occurrences[name].append(counts[frozenset(labels)])
+                counts[frozenset(labels)] += 1
+        return occurrences
 
     @cached_property
     def _environment(self) -> dict[str, Any]:
-        """Names machine, versions and, where the package lies in a checkout, its commit and whether it was changed."""
-        checkout = Path(__file__).resolve().parents[1]
-        commit = None
-        if (checkout / ".git").exists() and shutil.which("git"):
-            describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-            command = ["git", "-C", str(checkout), *describe]
-            commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-        device = self.pipeline.device
-        packages = ("torch", "diffusers", "accelerate", "transformers", "numpy")
-        return {
-            "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-            "num_cpus": os.cpu_count(),
-            "num_processes": self.state.num_processes,
-            "python": platform.python_version(),
-            "versions": {"iclevr_diffusion": iclevr_diffusion.__version__}
-            | {name: importlib.metadata.version(name) for name in packages},
-            "git_commit": commit,
-        }
+        return describe_environment(self.pipeline.device, self.state.num_processes)
 
     def _drawn_on(self) -> list[dict[str, Any]]:
         """Lists what the images were drawn on, each environment once, the one used last at the end."""
+        records = [
+            record
+            for units, record in self.drawings.records()
+            if any(self._is_wanted(unit) for unit in units)  # the folder may hold more than is asked for now
+        ]
         environments: list[dict[str, Any]] = []
-        for record in sorted(self._read_records(), key=lambda record: record["time"]):
-            if all(replicate >= self.num_seeds for _, _, replicate in record["units"]):
-                continue  # the folder may hold more seeds than are asked for now
+        for record in sorted(records, key=lambda record: record["time"]):
             environments = [known for known in environments if known != record["environment"]]
             environments.append(record["environment"])
         return environments
 
-    def _read_records(self) -> Iterator[dict[str, Any]]:
-        for file in sorted((self.output_dir / "records").glob("process-*.jsonl")):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # cut off when the process was stopped; its images are drawn again
-                yield record | {"units": [Unit(*unit) for unit in record["units"]]}
+    def _is_wanted(self, unit: Unit) -> bool:
+        return unit.protocol in self.protocols and unit.replicate < self.num_seeds[unit.protocol]
 
-    def _read_logits(self) -> tuple[dict[str, dict[str, Tensor]], float]:
-        """Gathers the records as logits (num_conditions, num_seeds, num_classes) by judge and list."""
-        num_classes = len(self.pipeline.vocabulary)
-        logits = {
-            judge_name: {
-                list_name: torch.full((len(conditions), self.num_seeds, num_classes), torch.nan)
-                for list_name, conditions in self.lists.items()
+    def _write_records(self, readings: Mapping[str, Mapping[str, Reading]]) -> None:
+        """Writes `records.parquet`: a row an image with its condition, its seed and each judge's logits."""
+        tables = []
+        for name, protocol in self.protocols.items():
+            units = [
+                Unit(name, position, replicate)
+                for position in range(len(protocol))
+                for replicate in range(self.num_seeds[name])
+            ]
+            columns = {
+                "protocol": pa.array([unit.protocol for unit in units], pa.string()),
+                "position": pa.array([unit.position for unit in units], pa.int32()),
+                "replicate": pa.array([unit.replicate for unit in units], pa.int32()),
+                "labels": pa.array(
+                    [list(protocol.conditions[unit.position]) for unit in units], pa.list_(pa.string())
+                ),
+                "seed": pa.array([self._seed(unit) for unit in units], pa.int64()),
             }
-            for judge_name in self.judges
+            for judge, reading in readings[name].items():
+                columns[f"logits {judge}"] = pa.array(list(reading.logits.numpy()), pa.list_(pa.float32()))
+            tables.append(pa.table(columns))
+        path = self.output_dir / "records.parquet"
+        unfinished = path.with_suffix(".unfinished")
+        pq.write_table(pa.concat_tables(tables), unfinished)
+        os.replace(unfinished, path)
+
+    def _pictures(self) -> dict[str, tuple[Image.Image, dict[str, Any]]]:
+        """Lays out grids and strips, and single images, of the first image of each protocol's first conditions."""
+        images: dict[Unit, Image.Image] = {}
+        for units, pixel_values, _ in self.drawings.batches():
+            for row, unit in enumerate(units):
+                if unit.protocol in self.protocols and unit.replicate == 0 and unit.position < NUM_PICTURED:
+                    images[unit] = Image.fromarray(pixel_values[row].transpose(1, 2, 0))
+        pictures: dict[str, tuple[Image.Image, dict[str, Any]]] = {}
+        for name, protocol in self.protocols.items():
+            conditions = [list(labels) for labels in protocol.conditions[:NUM_PICTURED]]
+            units = [Unit(name, position, 0) for position in range(len(conditions))]
+            metadata = {"labels": conditions, "model": self.pipeline_name}
+            grid = make_grid([images[unit] for unit in units], ["\n".join(labels) for labels in conditions])
+            pictures[f"{name}_grid.png"] = grid, metadata
+            if not pictures.keys() & {"samples.png"}:
+                row = [images[unit] for unit in units[:NUM_SAMPLES]]
+                pictures["samples.png"] = make_strip(row), metadata | {"labels": conditions[:NUM_SAMPLES]}
+            if self._has_strip(units[0]):
+                strips = [_open_image(self._picture_file(unit, "strips")) for unit in units]
+                grid = make_grid(strips, [", ".join(labels) for labels in conditions], columns=2)
+                pictures[f"{name}_strips.png"] = grid, metadata
+                for unit in units:
+                    file = self._picture_file(unit, "images").relative_to(self.output_dir)
+                    pictures[str(file)] = images[unit], self._metadata(unit)
+        return pictures
+
+    def _picture_file(self, unit: Unit, kind: str) -> Path:
+        stem = file_stem(unit.position, self.protocols[unit.protocol].conditions[unit.position])
+        return self.output_dir / kind / unit.protocol / f"{stem}.png"
+
+    def _metadata(self, unit: Unit) -> dict[str, Any]:
+        return {
+            "labels": ", ".join(self.protocols[unit.protocol].conditions[unit.position]),
+            "seed": self._seed(unit),
+            "model": self.pipeline_name,
+            **self.options,
+            "Software": f"iclevr_diffusion {iclevr_diffusion.__version__}",
         }
-        total_seconds, num_images = 0.0, 0
-        for record in self._read_records():
-            total_seconds, num_images = total_seconds + record["seconds"], num_images + len(record["units"])
-            for row, (list_name, position, replicate) in enumerate(record["units"]):
-                if replicate < self.num_seeds:  # the folder may hold more seeds than are asked for now
-                    for judge_name, rows in record["logits"].items():
-                        logits[judge_name][list_name][position, replicate] = torch.tensor(rows[row])
-        return logits, total_seconds / max(num_images, 1)
 
-    def _image_file(self, unit: Unit, kind: str) -> Path:
-        stem = file_stem(unit.position, self.lists[unit.list_name][unit.position])
-        return self.output_dir / kind / unit.list_name / f"{stem}.png"
 
-    def _write_pictures(self, list_name: str) -> None:
-        conditions = self.lists[list_name]
-        units = [Unit(list_name, position, 0) for position in range(len(conditions))]
-        metadata = {"labels": conditions, "model": self.pipeline_name}
-        images = [_open_image(self._image_file(unit, "images")) for unit in units]
-        grid = make_grid(images, ["\n".join(labels) for labels in conditions])
-        save_png(grid, self.output_dir / f"{list_name}_grid.png", metadata)
-        strips = [_open_image(self._image_file(unit, "strips")) for unit in units]
-        grid = make_grid(strips, [", ".join(labels) for labels in conditions], columns=2)
-        save_png(grid, self.output_dir / f"{list_name}_strips.png", metadata)
+def _default_num_seeds(protocol: Protocol) -> int:
+    return SEEDS_OF_FEW if protocol.resampled == "replicates" else SEEDS_OF_MANY
 
 
 def _to_uint8(images: np.ndarray) -> np.ndarray:
@@ -483,14 +605,6 @@ def _to_uint8(images: np.ndarray) -> np.ndarray:
 def _open_image(file: Path) -> Image.Image:
     with Image.open(file) as image:  # a list may be longer than the number of files that can be open at once
         return image.convert("RGB")
-
-
-def _processor() -> str:
-    """Names the model of the CPU where Linux tells it, else its kind."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -506,13 +620,3 @@ def _write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
-
-
-def _append_line(path: Path, line: str) -> None:
-    """Adds a line to a file whose last line may have been cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else f"\n{line}"
-        file.write(f"{line}\n".encode())

@@ -25,7 +25,7 @@ from iclevr_diffusion.models.unet_multilabel import MultiLabelUNet2DModel
 from iclevr_diffusion.pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline
 
 DEFAULT_PIPELINE = "conditional-ddpm-tiny-rendered"
-DEFAULT_JUDGE = "judge-small-rendered"
+DEFAULT_JUDGES = ("judge-small", "judge-resnet18-half")
 
 # What a folder may ask for by name; beside these only diffusers' own schedulers.
 PIPELINE_CLASSES = (ConditionalDDPMPipeline,)
@@ -34,8 +34,8 @@ JUDGE_CLASSES = (LabelClassifier, SmallLabelClassifier)
 
 EXPORT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# What the numbers of a published folder's card come from; it may lack either.
-RECORDS = ("results.json", "training.json")
+# What the numbers of a published folder's card come from, and the label sets of the training images; it may lack any.
+RECORDS = ("conditions.json", "results.json", "training.json")
 
 
 def shipped_folder(name: str) -> Path:
@@ -103,6 +103,43 @@ def load_pipeline(
     return pipeline if device is None else pipeline.to(device)
 
 
+def training_facts(path_or_repo: str | Path | None = None, *, revision: str | None = None) -> dict[str, Any]:
+    """Tells what a pipeline was trained on, where the folder says so.
+
+    A published folder holds that itself (`conditions.json`, `training.json`); for a folder that a training run wrote,
+    such as `output_dir/pipeline`, it lies in `output_dir` (`conditions.json`, `data.json`).
+
+    Args:
+        path_or_repo: Folder, hub's `owner/name` or name of a pipeline, as `load_pipeline` takes it.
+        revision: Branch, tag or commit of a hub's model.
+
+    Returns:
+        `conditions`, the distinct label sets of the training images as a list of tuples of names, and `data_sha256`,
+        the fingerprint of the data set that they are a part of (`ImageStore.sha256`); None for what is not known.
+
+    Raises:
+        ValueError: If there is no such pipeline, or one of the files is not of the right form.
+    """
+    folder = _find_folder(path_or_repo, revision)
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise ValueError(f"{folder} must be a pipeline's folder with a model_index.json, and there is none.")
+    if isinstance(_read_json(index_file).get("_class_name"), list):
+        record = folder / "training.json"
+        training = _read_json(record) if record.is_file() else {}
+    else:
+        folder = folder.resolve().parent
+        if not (folder / "config.yaml").is_file():  # whatever lies there is not a run's
+            return {"conditions": None, "data_sha256": None}
+        record = folder / "data.json"
+        training = _data_of_run(folder)
+    data_sha256 = training.get("data_sha256")
+    is_hash = isinstance(data_sha256, str) and re.fullmatch("[0-9a-f]{64}", data_sha256)
+    if data_sha256 is not None and not is_hash:
+        raise ValueError(f"{record} must name the images by a SHA-256 of 64 digits, got {data_sha256!r:.100}.")
+    return {"conditions": _read_conditions(folder / "conditions.json"), "data_sha256": data_sha256}
+
+
 def open_judge(path_or_repo: str | Path) -> LabelClassifier | SmallLabelClassifier:
     """Opens a judge from a folder, a hub or the package, as `load_pipeline` does a pipeline; `load_judge` also checks it.
 
@@ -137,7 +174,7 @@ def export_pipeline(
         pipeline: A pipeline of this package's classes; it stays as it is.
         folder: Where to write; an earlier export there is replaced, anything else refused.
         facts: The words of the card, as `write_card` takes them.
-        training: Output folder of the training run, as `write_card` takes it.
+        training: Output folder of the training run, as `write_card` takes it; its conditions.json is published too.
         dtype: What to store the weights as.
         max_shard_size: Weights larger than this are split, so that each file stays below it.
 
@@ -263,15 +300,16 @@ def write_card(
 ) -> Path:
     """Writes the model card of a published folder anew, with the scores and the training run it is given.
 
-    All numbers come from files that are published beside the card: the weights, `results.json` and `training.json`.
+    All numbers come from files that are published beside the card: the weights, `results.json` and `training.json`. A
+    training run also gives `conditions.json`, which `training_facts` reads.
 
     Args:
         folder: A folder that `export_pipeline` or `export_judge` wrote.
         facts: The words of the card: a YAML file or mapping with the fields of `iclevr_diffusion.card.Facts`.
-        results: A `results.json` of `iclevr-evaluate` on this folder, for a judge one in which it judged held-out
-            images; an earlier one stays if not given.
-        training: Output folder of the training run, of which recipe, machine and duration are kept; an earlier record
-            stays if not given.
+        results: The `results.json` of `iclevr-evaluate` on this folder, for a judge the `judges.json` of
+            benchmarks/judges.py; an earlier one stays if not given.
+        training: Output folder of the training run, of which recipe, machine, duration and label sets are kept; an
+            earlier record stays if not given.
 
     Returns:
         The card.
@@ -461,8 +499,14 @@ def _write_card(
     results: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the records that are given and then the card, once all of them have turned out well."""
-    contents = {"results.json": results, "training.json": None if training is None else describe_training(training)}
-    texts = {file: json.dumps(content, indent=2) + "\n" for file, content in contents.items() if content is not None}
+    texts = {}
+    if results is not None:
+        texts["results.json"] = json.dumps(results, indent=2) + "\n"
+    if training is not None:
+        texts["training.json"] = json.dumps(describe_training(training) | _data_of_run(training), indent=2) + "\n"
+        conditions = _read_conditions(Path(training) / "conditions.json")
+        if conditions is not None:
+            texts["conditions.json"] = json.dumps(conditions) + "\n"
     records = {file: json.loads(text) for file, text in texts.items()}  # as the card will find them later
     texts["README.md"] = render_card(folder, facts, name=name, records=records)
     for file, text in texts.items():
@@ -472,39 +516,65 @@ def _write_card(
             os.replace(unfinished, folder / file)
         finally:
             unfinished.unlink(missing_ok=True)
+    if training is not None and "conditions.json" not in texts:
+        (folder / "conditions.json").unlink(missing_ok=True)  # those of another run
+
+
+def _data_of_run(output_dir: str | Path) -> dict[str, Any]:
+    """Reads which images a run was trained on, in the words of `training.json`; a judge's run does not say it."""
+    file = Path(output_dir) / "data.json"
+    if not file.is_file():
+        return {}
+    data = _read_json(file)
+    return {"data_sha256": data.get("data"), "split": data.get("split")}
+
+
+def _read_conditions(file: Path) -> list[tuple[str, ...]] | None:
+    """Reads the label sets of the training images, which may come from a stranger."""
+    if not file.is_file():
+        return None
+    conditions = _parse_json(file)
+    form = 'a list of lists of distinct labels, as in [["red cube"], ["red cube", "gray sphere"]]'
+    if not isinstance(conditions, list):
+        raise ValueError(f"{file} must hold {form}, got {type(conditions).__name__}.")
+    for position, labels in enumerate(conditions):
+        is_list = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+        if not is_list or len(set(labels)) < len(labels):
+            raise ValueError(f"{file} must hold {form}, got {labels!r:.100} in number {position}.")
+    return [tuple(labels) for labels in conditions]
 
 
 def _scores_of(folder: Path, file: Path) -> dict[str, Any]:
     """Reads the scores of a published model, and refuses those of other weights, such as those its own round."""
-    from iclevr_diffusion.evaluation import load_judge, weights_sha256  # here, as it is slow to import
+    from iclevr_diffusion.judging import load_judge, weights_sha256  # here, as it is slow to import
 
     results = _read_json(file)
+    is_pipeline = (folder / "model_index.json").is_file()
+    command = "iclevr-evaluate" if is_pipeline else "benchmarks/judges.py"
     try:
-        settings, held_out = results["settings"], results["held_out_images"]
-        if (folder / "model_index.json").is_file():
-            weights = weights_sha256(load_pipeline(folder, dtype=getattr(torch, settings["dtype"])).unet)
-            if settings["pipeline"]["weights_sha256"] == weights:
-                return {**results, "pipeline": folder.name}  # as evaluated it may be a path
+        if is_pipeline:
+            pipeline = load_pipeline(folder, dtype=getattr(torch, results["settings"]["dtype"]))
+            networks = [
+                model for _, model in sorted(pipeline.components.items()) if isinstance(model, torch.nn.Module)
+            ]
+            if results["pipeline"]["weights_sha256"] == weights_sha256(*networks):
+                return {**results, "pipeline": {**results["pipeline"], "name": folder.name}}  # may have been a path
         else:
             weights = weights_sha256(load_judge(folder).float())
-            names = [name for name, judge in settings["judges"].items() if judge["weights_sha256"] == weights]
-            if names and "missing" in held_out:
-                raise ValueError(
-                    f"{file} must say how the judge reads held-out images, but has none: {held_out['missing']}."
-                )
-            if names:
-                return {
-                    "schema_version": results["schema_version"],
-                    "settings": {"judges": {names[0]: settings["judges"][names[0]]}},
-                    "held_out_images": {"data_sha256": held_out["data_sha256"], names[0]: held_out[names[0]]},
-                    "environment": results["environment"],
-                }
+            for name, judge in results["judges"].items():
+                if judge["weights_sha256"] == weights:
+                    return {
+                        "judge": judge,
+                        "data": {
+                            data_name: {"data_sha256": data["data_sha256"], **data["judges"][name]}
+                            for data_name, data in results["data"].items()
+                        },
+                        "environment": results["environment"],
+                    }
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} must be a results.json of `iclevr-evaluate`, got none of its form: {error}."
-        ) from error
+        raise ValueError(f"{file} must be a file that `{command}` wrote, got none of its form: {error}.") from error
     raise ValueError(
-        f"{file} must hold scores of the weights in {folder}, got scores of others; run `iclevr-evaluate` with this folder."
+        f"{file} must hold scores of the weights in {folder}, got scores of others; run `{command}` with this folder."
     )
 
 
@@ -539,11 +609,15 @@ def _replacing(folder: Path) -> Iterator[Path]:
             raise
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _parse_json(file: Path) -> Any:  # noqa: ANN401 -- any JSON
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of the JSON, its encoding or its depth
         raise ValueError(f"{file} must be JSON: {error}.") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    content = _parse_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}.")
     return content

@@ -1,20 +1,44 @@
-"""The course's pooled top-k score and exact match, with intervals over seeds: pure functions of a judge's outputs."""
+"""Scores of generated images against the labels asked for, with intervals: pure functions of a judge's outputs.
+
+A judge sees an object where its output is above a threshold. The scores of a set of images are
+
+- `top_k`: of all labels asked for, the share among the judge's k highest outputs for an image of k labels: the
+  course's score, pooled over labels, blind to objects that nobody asked for;
+- `exact_match`: the share of images in which the judge sees just the objects asked for;
+- `precision`: of all objects seen, the share asked for; `recall`: of all labels asked for, the share seen;
+- `count_accuracy`: the share of images in which as many objects are seen as were asked for;
+- `mean_average_precision`: the mean over labels of the average precision at which the judge's output for a label
+  ranks the images that were asked for it before the others; it needs no threshold.
+
+A score that nothing defines, such as a precision where nothing is seen, is None.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import BoolTensor, LongTensor, Tensor
 
-QUICK_BELOW = 10  # seeds; a score from fewer is marked: its interval is not to be relied on
-
 INTERVAL = {
     "level": 0.95,
-    "method": "percentile bootstrap over seeds, replicates resampled within each condition",
-    "num_resamples": 10_000,
+    "method": (
+        "percentile bootstrap; each resample draws, with replacement and one fewer than there are, replicates within"
+        " each condition, or conditions with all their replicates: what a protocol's `resampled` says"
+    ),
+    "num_resamples": 2000,
+    "num_resamples_of_average_precision": 500,  # the first of these
     "seed": 0,
 }
+MAX_UNDEFINED = 0.05  # share of the resamples in which a score may be undefined before its interval is, too
+
+# A list of fewer of both says too little of how far a score would move on another draw.
+MIN_REPLICATES, MIN_CONDITIONS = 10, 100
+
+
+def is_quick(num_conditions: int, num_replicates: int) -> bool:
+    """Says whether a list is drawn too few times for an interval: its scores are for a quick look only."""
+    return num_replicates < MIN_REPLICATES and num_conditions < MIN_CONDITIONS
 
 
 def top_k_hits(logits: Tensor, class_labels: Tensor) -> LongTensor:
@@ -72,181 +96,439 @@ def _matching(logits: Tensor, class_labels: Tensor) -> Tensor:
     return class_labels.to(logits.device)
 
 
-def bootstrap_estimate(values: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float | None]:
-    """Weighs the mean values of conditions and says how far other seeds would have moved the sum.
+class _Reading(NamedTuple):
+    """What a judge reads in images: arrays (N, num_classes), of floats and three times of bool."""
 
-    The interval is a percentile bootstrap (*An Introduction to the Bootstrap*, Efron and Tibshirani, 1993) whose
-    replicates are drawn again within each condition: the conditions are the task's own and are not resampled. Where
-    all replicates of every condition agree, it has no width, which few replicates do not prove.
+    logits: np.ndarray
+    asked: np.ndarray
+    found: np.ndarray  # as `found_labels` says
+    seen: np.ndarray
+
+    def of(self, rows: np.ndarray) -> "_Reading":
+        return _Reading(*(part[rows] for part in self))
+
+
+def _read(logits: Tensor, class_labels: Tensor, threshold: float) -> _Reading:
+    found = found_labels(logits, class_labels)
+    parts = (logits.float(), class_labels > 0, found, logits > threshold)
+    return _Reading(*(part.cpu().numpy() for part in parts))
+
+
+def _read_list(logits: Tensor, class_labels: Tensor, threshold: float) -> _Reading:
+    """Reads the images (num_conditions, num_replicates, num_classes) of a list, condition by condition."""
+    if (
+        logits.ndim != 3
+        or class_labels.shape != (logits.shape[0], logits.shape[2])
+        or 0 in (logits.shape[0], logits.shape[1])
+    ):
+        raise ValueError(
+            "`logits` must have shape (num_conditions, num_replicates, num_classes), at least one of each, and"
+            f" `class_labels` (num_conditions, num_classes), got {tuple(logits.shape)} and"
+            f" {tuple(class_labels.shape)}."
+        )
+    return _read(logits.flatten(0, 1), class_labels.repeat_interleave(logits.shape[1], dim=0), threshold)
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divides, with NaN for what is undefined: both are 0 there."""
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
+
+
+def _measure(reading: _Reading, weights: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Computes all scores of images under many weightings at once.
 
     Args:
-        values: Small whole numbers (num_conditions, num_replicates), such as the hits of each image.
-        weights: Weight (num_conditions,) of each condition's mean; None weighs them alike, to a sum of 1.
+        reading: What the judge reads in the N images.
+        weights: How often images count, in whole numbers (N / n, num_weightings), each row for n images in succession.
 
     Returns:
-        `value`, and `low` and `high` of the 95 % interval, which one replicate cannot give (None).
+        The scores of all images (num_weightings,) and of each label (num_classes, num_weightings). Those that rank
+        images have the first `INTERVAL["num_resamples_of_average_precision"]` weightings only.
     """
-    values = np.asarray(values, dtype=np.int64)
-    num_conditions, num_replicates = values.shape
-    weights = np.full(num_conditions, 1 / num_conditions) if weights is None else weights
-    value = float(weights @ values.mean(axis=1))
-    if num_replicates < 2:
-        return {"value": value, "low": None, "high": None}
-    # Drawing replicates again only changes how often each value occurs, and those counts are multinomial.
-    levels = np.arange(values.max() + 1)
-    shares = (values[:, :, None] == levels).mean(axis=1)
-    random = np.random.default_rng(INTERVAL["seed"])
-    resampled = np.zeros(INTERVAL["num_resamples"])
-    for weight, share in zip(weights, shares, strict=True):
-        resampled += (
-            weight * (random.multinomial(num_replicates, share, INTERVAL["num_resamples"]) @ levels) / num_replicates
-        )
-    low, high = np.quantile(resampled, [(1 - INTERVAL["level"]) / 2, (1 + INTERVAL["level"]) / 2])
-    return {"value": value, "low": float(low), "high": float(high)}
-
-
-class Marks(NamedTuple):
-    """What a judge saw in the images of a list, as bool arrays.
-
-    Args:
-        asked: Labels asked for (num_conditions, num_classes).
-        found: Of these, the labels found (num_conditions, num_seeds, num_classes).
-        exact: Exact matches (num_conditions, num_seeds).
-    """
-
-    asked: np.ndarray
-    found: np.ndarray
-    exact: np.ndarray
-
-
-def mark_images(logits: Tensor, class_labels: Tensor) -> Marks:
-    """Marks the images of a list.
-
-    Args:
-        logits: A judge's outputs (num_conditions, num_seeds, num_classes).
-        class_labels: Labels asked for (num_conditions, num_classes).
-    """
-    flat, repeated = logits.flatten(0, 1), class_labels.repeat_interleave(logits.shape[1], dim=0)
-    found = found_labels(flat, repeated).unflatten(0, logits.shape[:2])
-    exact = exact_match(flat, repeated).unflatten(0, logits.shape[:2])
-    return Marks((class_labels > 0).numpy(), found.numpy(), exact.numpy())
-
-
-def score_list(marks: Marks, label_names: Sequence[str], held_out: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Scores a list of conditions in all, by number of objects and by label.
-
-    Args:
-        marks: What the judge saw.
-        label_names: Name of each class.
-        held_out: The judge's own score on real images, as `score_images` gives it, if known.
-    """
-    asked, found, exact = marks
-    num_conditions, num_seeds = exact.shape
-    num_objects, hits = asked.sum(axis=1), found.sum(axis=2)
-
-    by_num_objects = {}
-    for k in np.unique(num_objects).tolist():
-        rows = num_objects == k
-        by_num_objects[str(k)] = {
-            "num_images": int(rows.sum()) * num_seeds,
-            "top_k": bootstrap_estimate(hits[rows], np.full(rows.sum(), 1 / (k * rows.sum()))),
-            "exact_match": bootstrap_estimate(exact[rows]),
-        }
-    by_label = {}
-    for index, name in enumerate(label_names):
-        rows = asked[:, index]
-        if rows.any():
-            by_label[name] = {
-                "num_images": int(rows.sum()) * num_seeds,
-                "top_k": bootstrap_estimate(found[rows, :, index]),
-            }
-    one_seed = hits.sum(axis=0) / num_objects.sum()
-    score = {
-        "num_conditions": num_conditions,
-        "num_images": num_conditions * num_seeds,
-        "num_labels": int(num_objects.sum()) * num_seeds,
-        "top_k": bootstrap_estimate(hits, np.full(num_conditions, 1 / num_objects.sum())),
-        "one_seed_top_k": {
-            "min": float(one_seed.min()),
-            "median": float(np.median(one_seed)),
-            "max": float(one_seed.max()),
-        },
-        "exact_match": bootstrap_estimate(exact),
-        "by_num_objects": by_num_objects,
-        "by_label": by_label,
+    _, asked, found, seen = reading
+    is_exact, is_counted = (asked == seen).all(axis=1), asked.sum(axis=1) == seen.sum(axis=1)
+    marks = np.column_stack([asked, found, seen, asked & seen, is_exact, is_counted, np.ones_like(is_exact)])
+    counts = marks.reshape(len(weights), -1, marks.shape[1]).sum(axis=1).T.astype(weights.dtype) @ weights
+    counts = counts.astype(np.float64)  # as float32 they are whole numbers without error, but their ratios are not
+    num_asked, num_hits, num_seen, num_right = counts[:-3].reshape(4, -1, weights.shape[1])
+    num_exact, num_counted, num_images = counts[-3:]
+    average_precision = _average_precision(
+        reading.logits, asked, weights[:, : INTERVAL["num_resamples_of_average_precision"]]
+    )
+    is_defined = ~np.isnan(average_precision)
+    in_all = {
+        "top_k": _ratio(num_hits.sum(axis=0), num_asked.sum(axis=0)),
+        "exact_match": _ratio(num_exact, num_images),
+        "precision": _ratio(num_right.sum(axis=0), num_seen.sum(axis=0)),
+        "recall": _ratio(num_right.sum(axis=0), num_asked.sum(axis=0)),
+        "count_accuracy": _ratio(num_counted, num_images),
+        "mean_average_precision": _ratio(np.nansum(average_precision, axis=0), is_defined.sum(axis=0)),
     }
-    if held_out is not None and all(k in held_out["by_num_objects"] for k in by_num_objects):
-        # What the judge makes of real images with the list's numbers of objects: the ceiling of `top_k`.
-        of_real = np.array([held_out["by_num_objects"][str(k)]["top_k"] for k in num_objects])
-        score["held_out_top_k_same_num_objects"] = float((of_real * num_objects).sum() / num_objects.sum())
-    return score
-
-
-def score_mean_of_lists(marks: Sequence[Marks]) -> dict[str, Any]:
-    """Scores the mean over lists, each of the same weight however many labels it asks for."""
-    asked, found, exact = zip(*marks, strict=True)
-    hit_weights = [np.full(len(rows), 1 / (len(marks) * rows.sum())) for rows in asked]
-    exact_weights = [np.full(len(rows), 1 / (len(marks) * len(rows))) for rows in asked]
-    return {
-        "top_k": bootstrap_estimate(np.concatenate(found).sum(axis=2), np.concatenate(hit_weights)),
-        "exact_match": bootstrap_estimate(np.concatenate(exact), np.concatenate(exact_weights)),
+    by_label = {
+        "top_k": _ratio(num_hits, num_asked),
+        "precision": _ratio(num_right, num_seen),
+        "recall": _ratio(num_right, num_asked),
+        "average_precision": average_precision,
     }
+    return in_all, by_label
 
 
-def score_images(logits: Tensor, class_labels: Tensor) -> dict[str, Any]:
-    """Scores images whose labels are known, in all and by number of objects.
+def _average_precision(logits: np.ndarray, asked: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Computes the average precision of each label under many weightings.
+
+    It is the sum over thresholds of precision times the recall gained, without interpolation, and images of equal
+    output pass a threshold together, as in scikit-learn's `average_precision_score`.
 
     Args:
         logits: A judge's outputs (N, num_classes).
+        asked: Whether an image was asked for a label (N, num_classes).
+        weights: How often images count, in whole numbers (N / n, num_weightings), each row for n images in succession.
+
+    Returns:
+        Average precision (num_classes, num_weightings), NaN where no image or every image was asked for the label.
+    """
+    images_per_weight = len(logits) // len(weights)
+    num_images = weights.sum(axis=0) * images_per_weight
+    average_precision = np.full((logits.shape[1], weights.shape[1]), np.nan)
+    for k in range(logits.shape[1]):
+        if not asked[:, k].any():
+            continue
+        order = np.argsort(-logits[:, k], kind="stable")
+        is_positive = asked[order, k]
+        # Only thresholds that let positive images in gain recall: the ranks between two of them are summed as one run.
+        ends = np.append(np.flatnonzero(np.diff(logits[order, k])), len(order) - 1)
+        ends = ends[np.diff(is_positive.cumsum()[ends], prepend=0) > 0]
+        starts = np.append(0, ends[:-1] + 1)
+        positives = np.flatnonzero(is_positive)
+        rows = order // images_per_weight
+        gained = np.add.reduceat(weights[rows[positives]], np.searchsorted(positives, starts), axis=0)
+        right = gained.cumsum(axis=0, dtype=np.float64)
+        passed = np.add.reduceat(weights[rows[: ends[-1] + 1]], starts, axis=0).cumsum(axis=0)
+        # Where no image has passed, none is gained either, and weights are whole numbers: 1 stands for any divisor.
+        sums = (gained * right / np.maximum(passed, 1)).sum(axis=0)
+        is_defined = (right[-1] > 0) & (right[-1] < num_images)
+        np.divide(sums, right[-1], out=average_precision[k], where=is_defined)
+    return average_precision
+
+
+def _resample(
+    num_conditions: int, num_replicates: int, resampled: str, random: np.random.Generator
+) -> np.ndarray | None:
+    """Draws how often the images of a list count in each resample.
+
+    One unit fewer is drawn than there are, since with as many the scores of n units vary less than they should by a
+    factor of (n - 1) / n (*Resampling Inference With Complex Survey Data*, Rao and Wu, 1988), half for two replicates.
+
+    Returns:
+        Whole numbers as float32 (num_conditions, num_replicates, num_resamples), the second axis of length 1 where all
+        replicates of a condition count alike; None for a single unit.
+    """
+    num_units = num_replicates if resampled == "replicates" else num_conditions
+    if num_units < 2:
+        return None
+    num_resamples, shares = INTERVAL["num_resamples"], np.full(num_units, 1 / num_units)
+    if resampled == "conditions":
+        return random.multinomial(num_units - 1, shares, num_resamples).T[:, None].astype(np.float32)
+    weights = np.empty((num_conditions, num_replicates, num_resamples), dtype=np.float32)
+    for counts in weights:
+        counts[:] = random.multinomial(num_units - 1, shares, num_resamples).T
+    return weights
+
+
+def _estimate(value: float, resampled: np.ndarray | None) -> dict[str, float | None]:
+    """Puts a score and its interval together; resamples (num_resamples,) in which it is undefined are left out."""
+    estimate = {"value": None if np.isnan(value) else float(value), "low": None, "high": None}
+    if resampled is None or estimate["value"] is None:
+        return estimate
+    defined = resampled[~np.isnan(resampled)]
+    if len(defined) >= (1 - MAX_UNDEFINED) * len(resampled):
+        tail = (1 - INTERVAL["level"]) / 2
+        low, high = np.quantile(defined.astype(np.float64), [tail, 1 - tail])
+        estimate |= {"low": float(low), "high": float(high)}
+    return estimate
+
+
+def _values(reading: _Reading) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Computes the scores of images that count alike: of all, and of each label (num_classes,)."""
+    in_all, by_label = _measure(reading, np.ones((len(reading.asked), 1)))
+    return {name: of[0] for name, of in in_all.items()}, {name: of[:, 0] for name, of in by_label.items()}
+
+
+def score_conditions(
+    logits: Tensor,
+    class_labels: Tensor,
+    *,
+    label_names: Sequence[str],
+    threshold: float = 0.0,
+    resampled: Literal["replicates", "conditions"],
+    seen: BoolTensor | None = None,
+    ceiling: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Scores the images drawn for a list of conditions: in all, by number of objects, by label, by seen or unseen.
+
+    The 95 % intervals are percentile bootstraps (*An Introduction to the Bootstrap*, Efron and Tibshirani, 1993). With
+    `"replicates"` those of each condition are drawn again: the conditions are the task's own, and the interval says
+    how far other noise would have moved the score. With `"conditions"` they are drawn again with all their replicates:
+    the interval also says how far other conditions of their kind would have. Where all units that are drawn again
+    agree, an interval has no width, which few units do not prove.
+
+    Args:
+        logits: A judge's outputs (num_conditions, num_replicates, num_classes) before the sigmoid.
+        class_labels: Labels asked for (num_conditions, num_classes); an entry above 0 asks for that object.
+        label_names: Name of each class.
+        threshold: A logit above it means that the judge sees the object.
+        resampled: What the intervals draw again.
+        seen: Whether the generator was trained on a condition (num_conditions,), where that is known.
+        ceiling: What the judge itself scores on real images with as many objects, from `ceiling`, where known.
+
+    Returns:
+        Scores in all, with `num_images`, by number of objects, by label asked for, by seen or unseen if known; the
+        smallest, median and largest top-k of one replicate of all conditions; the ceiling. Each score is a mapping of
+        `value`, `low` and `high`; the last two are None for a list that `is_quick`, for a single unit to draw again,
+        and for a score that is undefined in more than 5 % of the resamples.
+    """
+    reading = _read_list(logits, class_labels, threshold)
+    num_conditions, num_replicates, num_classes = logits.shape
+    if len(label_names) != num_classes:
+        raise ValueError(
+            f"`label_names` must name each of the {num_classes} classes of `logits`, got {len(label_names)}."
+        )
+    if resampled not in ("replicates", "conditions"):
+        raise ValueError(f"`resampled` must be 'replicates' or 'conditions', got {resampled!r}.")
+    if seen is not None and (seen.shape != (num_conditions,) or seen.dtype != torch.bool):
+        raise ValueError(
+            f"`seen` must be bool of shape ({num_conditions},), one entry a condition, got {seen.dtype} of shape"
+            f" {tuple(seen.shape)}."
+        )
+    weights = None
+    if not is_quick(num_conditions, num_replicates):
+        weights = _resample(num_conditions, num_replicates, resampled, np.random.default_rng(INTERVAL["seed"]))
+
+    def score(part: _Reading, part_weights: np.ndarray | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        values, values_by_label = _values(part)
+        draws, draws_by_label = (
+            ({}, {}) if part_weights is None else _measure(part, part_weights.reshape(-1, part_weights.shape[-1]))
+        )
+        in_all = {"num_images": len(part.asked)}
+        in_all |= {name: _estimate(value, draws.get(name)) for name, value in values.items()}
+        by_label = {}
+        for k in np.flatnonzero(part.asked.any(axis=0)).tolist():
+            by_label[label_names[k]] = {"num_images": int(part.asked[:, k].sum())} | {
+                name: _estimate(of[k], draws_by_label[name][k] if draws_by_label else None)
+                for name, of in values_by_label.items()
+            }
+        return in_all, by_label
+
+    def score_part(conditions: np.ndarray) -> dict[str, Any]:
+        part = reading.of(conditions.repeat(num_replicates))
+        return score(part, None if weights is None else weights[conditions])[0]
+
+    in_all, by_label = score(reading, weights)
+    num_objects = reading.asked[::num_replicates].sum(axis=1)
+    hits, asked = (
+        marks.reshape(num_conditions, num_replicates, -1).sum(axis=(0, 2)) for marks in (reading.found, reading.asked)
+    )
+    one_seed = _ratio(hits, asked)
+    scores = {
+        "all": in_all,
+        "by_num_objects": {str(k): score_part(num_objects == k) for k in np.unique(num_objects).tolist()},
+        "by_label": by_label,
+    }
+    if seen is not None:
+        parts = {"seen": seen.cpu().numpy(), "unseen": ~seen.cpu().numpy()}
+        scores["by_seen"] = {name: score_part(conditions) for name, conditions in parts.items() if conditions.any()}
+    scores["one_seed_top_k"] = {
+        name: _estimate(pick(one_seed), None)["value"]
+        for name, pick in {"min": np.min, "median": np.median, "max": np.max}.items()
+    }
+    if ceiling is not None:
+        scores["ceiling"] = dict(ceiling)
+    return scores
+
+
+def score_mean(parts: Sequence[tuple[Tensor, Tensor]], *, threshold: float = 0.0) -> dict[str, Any]:
+    """Scores the mean over lists, each of the same weight however many labels it asks for.
+
+    Args:
+        parts: For each list a judge's outputs (num_conditions, num_replicates, num_classes) and the labels asked for
+            (num_conditions, num_classes).
+        threshold: A logit above it means that the judge sees the object.
+
+    Returns:
+        Mean scores with intervals as from `score_conditions`, whose replicates are drawn again in each list; no
+        interval if one of the lists has none.
+    """
+    if not parts:
+        raise ValueError("`parts` must hold at least one list, got none.")
+    random = np.random.default_rng(INTERVAL["seed"])
+    values, draws = [], []
+    for logits, class_labels in parts:
+        reading = _read_list(logits, class_labels, threshold)
+        values.append(_values(reading)[0])
+        size = logits.shape[:2]
+        weights = None if is_quick(*size) else _resample(*size, "replicates", random)
+        draws.append(None if weights is None else _measure(reading, weights.reshape(len(reading.asked), -1))[0])
+    has_interval = None not in draws
+    return {
+        name: _estimate(
+            np.mean([value[name] for value in values]),
+            np.mean([draw[name] for draw in draws], axis=0) if has_interval else None,
+        )
+        for name in values[0]
+    }
+
+
+def score_images(logits: Tensor, class_labels: Tensor, *, threshold: float = 0.0) -> dict[str, Any]:
+    """Scores a judge on images whose labels are known, in all and by number of objects.
+
+    Args:
+        logits: A judge's outputs (N, num_classes) before the sigmoid.
         class_labels: What the images show (N, num_classes); an entry above 0 is an object.
+        threshold: A logit above it means that the judge sees the object.
+
+    Returns:
+        The number of images and their scores, None where undefined: `top_k` and `recall` where nothing is shown.
     """
 
-    def score(rows: Tensor) -> dict[str, Any]:
-        num_hits, num_labels = top_k_hits(logits[rows], class_labels[rows]).sum(), num_objects[rows].sum()
-        return {
-            "num_images": int(rows.sum()),
-            "top_k": float(num_hits / num_labels) if num_labels > 0 else None,  # no label, no score
-            "exact_match": float(exact_match(logits[rows], class_labels[rows]).float().mean()),
-        }
+    def score(part: _Reading) -> dict[str, Any]:
+        scores = {name: _estimate(value, None)["value"] for name, value in _values(part)[0].items()}
+        return {"num_images": len(part.asked)} | scores
 
-    num_objects = (class_labels > 0).sum(dim=1)
-    by_num_objects = {str(k): score(num_objects == k) for k in num_objects.unique().tolist()}
-    return score(num_objects >= 0) | {"by_num_objects": by_num_objects}
+    reading = _read(logits, class_labels, threshold)
+    num_objects = reading.asked.sum(axis=1)
+    by_num_objects = {str(k): score(reading.of(num_objects == k)) for k in np.unique(num_objects).tolist()}
+    return score(reading) | {"by_num_objects": by_num_objects}
+
+
+def ceiling(held_out: Mapping[str, Any], num_objects: np.ndarray) -> dict[str, float] | None:
+    """Says what a judge scores on real images that show as many objects as the conditions of a list ask for.
+
+    A generator whose images are read as well as real ones scores as much; more is the judge's weakness, not a better
+    image.
+
+    Args:
+        held_out: The judge's scores on real images, as from `score_images`.
+        num_objects: How many objects each condition asks for (num_conditions,), at least one.
+
+    Returns:
+        `top_k`, each condition weighed by its labels, and `exact_match`, each weighed alike; None if there is no real
+        image with as many objects as some condition asks for.
+    """
+    num_objects = np.asarray(num_objects)
+    of_real = held_out["by_num_objects"]
+    if any(str(k) not in of_real for k in num_objects.tolist()):
+        return None
+    top_k, exact = ([of_real[str(k)][name] for k in num_objects.tolist()] for name in ("top_k", "exact_match"))
+    return {"top_k": float(np.average(top_k, weights=num_objects)), "exact_match": float(np.mean(exact))}
+
+
+_HEADER = (
+    f"{'':<24}{'objects':>8}{'top-k':>7}{'95 % interval':>15}{'exact':>7}{'precision':>11}{'recall':>8}{'count':>7}"
+    f"{'mAP':>7}{'real top-k':>12}{'real exact':>12}"
+)
 
 
 def format_results(results: Mapping[str, Any]) -> str:
-    """Lays the main numbers of `results.json` out as a table for the terminal."""
+    """Lays the main numbers of `results.json` out as tables for the terminal, at most 120 columns wide."""
+    held_out, distribution = (results.get(name, {}) for name in ("held_out_images", "distribution"))
     lines = []
-    for judge_name, scores in results["scores"].items():
-        held_out = results["held_out_images"].get(judge_name)
-        taught = (
-            " (also taught the pipeline: not independent)" if judge_name in results["judges_used_in_training"] else ""
-        )
+    if results["protocols"]:
+        for judge in results["settings"]["judges"]:
+            lines += _table_of_judge(results, judge)
         lines += [
-            f"judge {judge_name}{taught}",
-            f"{'list':<24}{'objects':>8}{'top-k':>8}{'95 % interval':>16}{'one seed: min median max':>27}"
-            f"{'exact':>8}{'held-out':>12}",
+            "real: what the judge itself scores on held-out real images with as many objects, its ceiling.",
+            *(["* This judge also taught the pipeline."] if results["judges_used_in_training"] else []),
         ]
-        rows = scores["lists"] | {key: scores[key] for key in ("all_lists", "mean_of_lists") if key in scores}
-        for list_name, score in rows.items():
-            real = score.get("held_out_top_k_same_num_objects")
-            lines.append(_table_row(list_name, "all", score, real))
-            for k, part in score.get("by_num_objects", {}).items():
-                real = held_out["by_num_objects"].get(k, {}).get("top_k") if held_out else None
-                lines.append(_table_row("", k, part, real))
+        if quick := [name for name, protocol in results["protocols"].items() if protocol["quick"]]:
+            lines += [
+                f"Quick, thus without intervals and not for the leaderboard: {', '.join(quick)}.",
+                f"An interval needs {MIN_REPLICATES} images of each condition, or {MIN_CONDITIONS} conditions.",
+            ]
+        if "missing" in held_out:
+            lines.append(f"No score of the judges on real images: {held_out['missing']}.")
         lines.append("")
-    if "missing" in results["held_out_images"]:
-        lines.append(f"No score of the judges on held-out images: {results['held_out_images']['missing']}.")
-    if results["quick"]:
-        lines.append(f"Quick (num_seeds is {results['num_seeds']}): numbers to report need {QUICK_BELOW}, better 30.")
-    return "\n".join(lines)
+    if "missing" in distribution:
+        lines += [f"No comparison with real images: {distribution['missing']}.", ""]
+    elif distribution:
+        lines += [*_lines_of_distribution(distribution), ""]
+    if cost := results.get("cost"):
+        lines += [
+            f"Cost: {cost['images_per_second']:.4g} images/s in batches of {cost['batch_size']},"
+            f" {cost['seconds_for_one_image']:.3g} s for one image ({cost['device']}, {cost['dtype']},"
+            f" {cost['num_threads']} CPU threads);",
+            f"{cost['num_parameters'] / 1e6:.4g} M parameters, {cost['network_calls_per_image']:.4g} network calls an"
+            " image.",
+        ]
+    return "\n".join(lines).rstrip()
 
 
-def _table_row(list_name: str, objects: str, score: Mapping[str, Any], real: float | None) -> str:
-    top_k, spread = score["top_k"], score.get("one_seed_top_k")
-    interval = "-" if top_k["low"] is None else f"{top_k['low']:.3f} to {top_k['high']:.3f}"
-    one_seed = "" if spread is None else f"{spread['min']:.3f}  {spread['median']:.3f}  {spread['max']:.3f}"
+def _table_of_judge(results: Mapping[str, Any], judge: str) -> list[str]:
+    is_teacher = judge in results["judges_used_in_training"]
+    real = results.get("held_out_images", {}).get("judges", {}).get(judge)
+    lines = [f"Judge {judge}{': taught the pipeline, not independent' if is_teacher else ''}", _HEADER]
+
+    def add(name: str, part: str, scores: Mapping[str, Any], of_real: Mapping[str, Any] | None) -> None:
+        lines.append(_table_row(f"{name} *" if name and is_teacher else name, part, scores, of_real))
+
+    for protocol, entry in results["protocols"].items():
+        scores = entry["judges"][judge]
+        add(protocol, "all", scores["all"], scores.get("ceiling"))
+        for k, part in scores["by_num_objects"].items():
+            add("", k, part, real and real["by_num_objects"].get(k))
+        for name, part in scores.get("by_seen", {}).items():
+            add("", name, part, None)
+    if mean := results.get("mean_of_test_and_new_test"):
+        add("mean test, new_test", "all", mean[judge], mean[judge].get("ceiling"))
+    if real:
+        lines.append(_table_row("held-out real images", "all", real, None))
+    return [*lines, ""]
+
+
+def _table_row(name: str, part: str, scores: Mapping[str, Any], of_real: Mapping[str, Any] | None) -> str:
+    """Lays scores out as a row, be they mappings with an interval or, for real images, numbers."""
+    names = ("top_k", "exact_match", "precision", "recall", "count_accuracy", "mean_average_precision")
+    values = [scores[name]["value"] if isinstance(scores[name], Mapping) else scores[name] for name in names]
+    top_k, exact, precision, recall, count, average_precision = map(_decimals, values)
+    low, high = (scores["top_k"][end] if isinstance(scores["top_k"], Mapping) else None for end in ("low", "high"))
+    interval = "-" if low is None else f"{low:.3f}-{high:.3f}"
+    real_top_k, real_exact = (_decimals((of_real or {}).get(name)) for name in names[:2])
     return (
-        f"{list_name:<24}{objects:>8}{top_k['value']:>8.3f}{interval:>16}{one_seed:>27}"
-        f"{score['exact_match']['value']:>8.3f}{'-' if real is None else f'{real:.3f}':>12}"
+        f"{name:<24}{part:>8}{top_k:>7}{interval:>15}{exact:>7}{precision:>11}{recall:>8}{count:>7}"
+        f"{average_precision:>7}{real_top_k:>12}{real_exact:>12}"
     )
+
+
+def _decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _lines_of_distribution(distribution: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{distribution['num_generated']} drawn against {distribution['num_real']} held-out real images; (real): other"
+        " real images in the place of the drawn ones",
+        f"{'in the features of':<36}{'Frechet':>10}{'kernel':>10}{'precision':>11}{'recall':>8}{'density':>9}"
+        f"{'coverage':>10}{'diversity':>11}",
+    ]
+    diversity = distribution.get("diversity", {})
+    for judge, parts in distribution["judges"].items():
+        for source, measures in parts.items():
+            name = judge if source == "generated" else f"{judge} (real)"
+            relative = diversity.get("judges", {}).get(judge, {}).get("value") if source == "generated" else None
+            lines.append(
+                f"{name:<36}{measures['frechet_distance']:>10.4g}{measures['kernel_distance']:>10.3g}"
+                f"{measures['precision']:>11.3f}{measures['recall']:>8.3f}{measures['density']:>9.3f}"
+                f"{measures['coverage']:>10.3f}{_decimals(relative):>11}"
+            )
+    if "pixels" in diversity:
+        lines.append(f"{'pixels':<36}{_decimals(diversity['pixels']['value']):>69}")
+    if copies := distribution.get("memorisation"):
+        known = {
+            True: "",
+            False: "; but it was not trained on these",
+            None: "; whether it was trained on these is unknown",
+        }
+        lines.append(
+            f"Copies of training images: {copies['copies']:.2%} of the drawn, {copies['held_out']['copies']:.2%} of the"
+            f" held-out real images{known[copies['trained_on_these']]}."
+        )
+    return lines

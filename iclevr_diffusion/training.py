@@ -1,15 +1,12 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -30,6 +27,7 @@ from tqdm.auto import tqdm
 
 from iclevr_diffusion.checkpoint import Stateful, load_checkpoint, newest_checkpoint, read_manifest, save_checkpoint
 from iclevr_diffusion.config import TrainConfig
+from iclevr_diffusion.environment import describe_environment
 
 
 class Batches(Protocol):
@@ -524,27 +522,9 @@ class TrainingRun:
         if self.step < self.config.max_steps:
             path = self.output_dir / "environment.json"
             launches = json.loads(path.read_text()) if path.exists() else []
-            _write_text(path, json.dumps([*launches, self._environment()], indent=2) + "\n")
-
-    def _environment(self) -> dict[str, Any]:
-        device = self.accelerator.device
-        packages = ("iclevr-diffusion", "torch", "diffusers", "accelerate", "transformers", "datasets", "numpy")
-        versions = {}
-        for name in packages:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[name] = importlib.metadata.version(name)
-        return {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": [sys.executable, *sys.argv],
-            "git_commit": _git_commit(),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "versions": versions,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "num_processes": self.accelerator.num_processes,
-            "cpu_count": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
-        }
+            launch = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": [sys.executable, *sys.argv]}
+            launch |= describe_environment(self.accelerator.device, self.accelerator.num_processes)
+            _write_text(path, json.dumps([*launches, launch], indent=2) + "\n")
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
@@ -557,17 +537,6 @@ def _write_text(path: Path, text: str) -> None:
     staging = path.with_name(f".{path.name}.staging")
     staging.write_text(text)
     os.replace(staging, path)
-
-
-def _git_commit() -> str | None:
-    """Returns the commit of the source tree, with a mark where files differ from it, or `None` outside of one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]  # not so in a project's own `.venv`
-    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        subprocess.run(tracked, capture_output=True, check=True)
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    return None
 
 
 def load_weights(model: ModelMixin, folder: str | Path, label_names: Sequence[str] | None = None) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from iclevr_diffusion.evaluation import load_judge
 from iclevr_diffusion.images import make_grid, save_png
+from iclevr_diffusion.judging import load_judge
 from iclevr_diffusion.scores import top_k_hits
 from iclevr_diffusion.training import TrainingRun
 

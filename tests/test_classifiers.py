@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from iclevr_diffusion.augmentation import (
@@ -16,13 +17,17 @@ from iclevr_diffusion.augmentation import (
     random_flip,
     random_light,
     random_noise,
+    random_resample,
     random_shift,
 )
 from iclevr_diffusion.conversion import convert_evaluator_checkpoint
-from iclevr_diffusion.evaluation import load_judge
+from iclevr_diffusion.data import open_store
+from iclevr_diffusion.judging import calibration_error, choose_threshold, load_judge, read_images, weights_sha256
 from iclevr_diffusion.labels import ICLEVR_LABELS
 from iclevr_diffusion.models.classifier import LabelClassifier
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+from iclevr_diffusion.rendering import render_dataset
+from iclevr_diffusion.scores import exact_match
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "evaluator_reference.json").read_text())
 
@@ -41,6 +46,7 @@ def tiny_small(**arguments: object) -> SmallLabelClassifier:
 TINY_CLASSIFIERS = [
     pytest.param(tiny_resnet, id="resnet"),
     pytest.param(lambda **arguments: tiny_resnet(layer_type="bottleneck", **arguments), id="resnet-bottleneck"),
+    pytest.param(lambda **arguments: tiny_resnet(input_scale=2, **arguments), id="resnet-enlarging"),
     pytest.param(tiny_small, id="small"),
 ]
 MakeModel = Callable[..., LabelClassifier | SmallLabelClassifier]
@@ -209,12 +215,31 @@ def test_names_that_do_not_match_the_classes_are_refused(make_model: MakeModel) 
         make_model(label_names=["a", "b"])
 
 
+@pytest.mark.parametrize("make_model", TINY_CLASSIFIERS)
+def test_the_last_layer_makes_the_logits_of_the_features(make_model: MakeModel) -> None:
+    model = make_model().eval()
+    pixel_values = torch.rand(3, 3, 16, 16) * 2 - 1
+    features = model.extract_features(pixel_values)
+    assert features.shape == (3, model.classifier.in_features)
+    assert torch.equal(model.classifier(features), model(pixel_values).logits)
+
+
+def test_an_enlarging_resnet_sees_what_one_for_larger_images_sees_in_enlarged_ones() -> None:
+    enlarging = tiny_resnet(input_scale=2).eval()
+    larger = tiny_resnet(image_size=32).eval()
+    pixel_values = torch.rand(2, 3, 16, 16) * 2 - 1
+    enlarged = torch.nn.functional.interpolate(pixel_values, (32, 32), mode="bilinear")
+    assert torch.equal(enlarging(pixel_values).logits, larger(enlarged).logits)
+
+
 def test_resnet_sizes_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="one entry a stage"):
         tiny_resnet(depths=(1, 1, 1))
     with pytest.raises(ValueError, match='"basic" or "bottleneck", got \'wide\''):
         tiny_resnet(layer_type="wide")
-    with pytest.raises(ValueError, match="`name` must be one of 'resnet18', 'resnet50', got 'resnet19'"):
+    with pytest.raises(ValueError, match="`input_scale` must be a whole number of at least 1, got 0"):
+        tiny_resnet(input_scale=0)
+    with pytest.raises(ValueError, match="`name` must be one of 'resnet18', 'resnet18_half', 'resnet50', got"):
         LabelClassifier.from_preset("resnet19")
 
 
@@ -225,11 +250,15 @@ def test_the_presets_have_the_sizes_of_the_papers() -> None:
     assert num_parameters(LabelClassifier.from_preset("resnet18", num_classes=1000)) == 11_689_512
     with torch.device("meta"):
         assert num_parameters(LabelClassifier.from_preset("resnet50", num_classes=1000)) == 25_557_032
+        half = LabelClassifier.from_preset("resnet18_half")
+    assert (half.config.input_scale, round(num_parameters(half) / 1e6, 1)) == (2, 2.8)
     assert round(num_parameters(SmallLabelClassifier()) / 1e6, 2) == 0.57
 
 
 @pytest.mark.parametrize(
-    "change", [random_flip, random_shift, random_blur, random_light, random_noise, augment], ids=lambda f: f.__name__
+    "change",
+    [random_flip, random_shift, random_resample, random_blur, random_light, random_noise, augment],
+    ids=lambda f: f.__name__,
 )
 def test_an_augmentation_keeps_the_shape_and_follows_its_generator(change: Callable[..., torch.Tensor]) -> None:
     pixel_values = torch.rand(8, 3, 12, 18) * 2 - 1
@@ -267,9 +296,19 @@ def test_a_shift_moves_pixels_as_a_block_and_repeats_the_border() -> None:
     assert len(seen) > 15
 
 
+def test_resampling_takes_detail_from_half_of_the_images() -> None:
+    stripes = torch.tensor([-1.0, 1.0]).repeat(8).expand(400, 3, 16, 16)
+    resampled = random_resample(stripes, generator=torch.Generator().manual_seed(0))
+    contrast = resampled.std(dim=(1, 2, 3)) / stripes[0].std()
+    assert 0.42 < (contrast == 1).float().mean() < 0.58  # left as they are
+    assert 0.18 < (contrast < 0.1).float().mean() < 0.32  # of half the size, which cannot hold the stripes
+    assert len(contrast.unique()) == 3
+
+
 def test_blur_and_light_keep_what_they_must() -> None:
     flat = torch.full((4, 3, 8, 8), 0.3)
     assert_close(random_blur(flat, generator=torch.Generator().manual_seed(0)), flat)
+    assert_close(random_resample(flat, generator=torch.Generator().manual_seed(0)), flat)
     image = torch.rand(4, 3, 8, 8)
     assert_close(random_light(image, brightness=0, contrast=0, tint=0), image)
     assert_close(random_noise(image, max_std=0), image)
@@ -295,3 +334,49 @@ def test_the_train_script_trains_resumes_and_writes_a_judge(
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["max_steps"] == 4
     assert list(results["held_out"]) == [str(tiny_dataset)]
+
+
+@pytest.mark.slow
+def test_a_finished_training_run_again_only_scores_its_judge_again(
+    run_script: Callable[..., object], tmp_path: Path
+) -> None:
+    data = render_dataset(tmp_path / "data", 20, size=16, seed=0, num_workers=1, progress=False)
+    recipe = [
+        "--data",
+        data,
+        "--resolution",
+        16,
+        "--batch_size",
+        8,
+        "--max_steps",
+        2,
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    run_script("train_classifier.py", *recipe)
+    judge = load_judge(tmp_path / "run" / "judge")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    store = open_store(data, resolution=16)
+    validation, held_out = (store.indices(split) for split in ("validation", "held-out"))
+    assert results["num_validation_images"] == len(validation) > 0
+    labels = torch.from_numpy(store.class_labels)
+    threshold = choose_threshold(read_images(judge, store.pixel_values[validation]).logits, labels[validation])
+    assert results["threshold"] == judge.config.threshold == threshold
+    scores = results["held_out"][str(data)]
+    assert scores["data_sha256"] == store.sha256
+    logits = read_images(judge, store.pixel_values[held_out]).logits
+    assert scores["calibration_error"] == pytest.approx(calibration_error(logits, labels[held_out]), abs=1e-6)
+    assert scores["exact_match"] == exact_match(logits, labels[held_out], threshold).double().mean().item() < 1
+    assert {"precision", "recall", "count_accuracy", "mean_average_precision"} <= set(scores["by_num_objects"]["2"])
+
+    judge.register_to_config(threshold=0.0)  # as it was before thresholds were chosen
+    judge.save_pretrained(tmp_path / "run" / "judge")
+    for name in ("results.json", "errors.png"):
+        (tmp_path / "run" / name).unlink()
+    run_script("train_classifier.py", *recipe)
+    again = load_judge(tmp_path / "run" / "judge")
+    assert weights_sha256(again) == weights_sha256(judge)
+    assert again.config.threshold == threshold
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    with Image.open(tmp_path / "run" / "errors.png") as sheet:
+        assert json.loads(sheet.text["threshold"]) == threshold

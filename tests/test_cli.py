@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iclevr_diffusion import ICLEVR_LABELS, evaluate, hub, sample
+from iclevr_diffusion import ICLEVR_LABELS, LabelVocabulary, evaluate, hub, sample
 from iclevr_diffusion.command_line import make_scheduler
+from iclevr_diffusion.data import open_store
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+from iclevr_diffusion.rendering import render_dataset
 
 
 @pytest.fixture
@@ -188,28 +190,45 @@ def test_a_solver_named_for_a_flow_model_follows_straight_paths(tiny_pipeline, n
 
 def test_evaluate_scores_the_packaged_lists_and_prints_a_table(run_evaluate, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    results = run_evaluate("--labels", "test.json", "new_test", "--seeds", "1")
-    lists = results["scores"]["small"]["lists"]
-    assert {name: score["num_labels"] for name, score in lists.items()} == {"test": 72, "new_test": 84}
-    assert results["quick"]
+    results = run_evaluate("--seeds", "1")
+    counts = {name: part["num_images"] for name, part in results["protocols"].items()}
+    assert counts == {"test": 32, "new_test": 32}
+    assert results["quick"] and results["pipeline"]["name"] == tmp_path.name
     printed = capsys.readouterr().out
-    assert "mean_of_lists" in printed and "set ICLEVR_ROOT" in printed and str(tmp_path / "evaluation") in printed
+    assert "new_test" in printed and "set ICLEVR_ROOT" in printed and str(tmp_path / "evaluation") in printed
 
 
-def test_evaluate_prefers_a_file_of_that_name_to_the_packaged_list(run_evaluate, tmp_path, monkeypatch):
+def test_evaluate_draws_protocols_by_name_and_lists_from_files(run_evaluate, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "test.json").write_text('[["red cube"]]')
-    results = run_evaluate("--labels", "test.json", "--seeds", "1", "--scheduler", "DDIMScheduler")
-    assert results["scores"]["small"]["lists"]["test"]["num_labels"] == 1
+    results = run_evaluate(
+        "--protocols", "test.json", "--seeds", "1", "--scheduler", "DDIMScheduler", "--name", "mine"
+    )
+    assert results["protocols"]["test"]["num_conditions"] == 1 and results["pipeline"]["name"] == "mine"
     assert results["settings"]["scheduler"]["_class_name"] == "DDIMScheduler"
 
 
-def test_evaluate_tests_the_judge_on_held_out_images(run_evaluate, tiny_dataset, tmp_path, monkeypatch):
+def test_evaluate_compares_with_held_out_images(run_evaluate, tmp_path, monkeypatch):
+    dataset = render_dataset(tmp_path / "dataset", 60, size=16, seed=0, num_workers=1, progress=False)
     monkeypatch.setenv("ICLEVR_CACHE", str(tmp_path / "cache"))
-    results = run_evaluate("--labels", tiny_dataset / "test.json", "--seeds", "1", "--data", tiny_dataset)
-    seen = results["held_out_images"]["small"]
-    assert seen["num_images"] > 0
-    assert seen["num_images"] == sum(part["num_images"] for part in seen["by_num_objects"].values())
+    (tmp_path / "one.json").write_text('[["red cube"]]')
+    results = run_evaluate("--protocols", tmp_path / "one.json", "matched", "--seeds", "1", "--data", dataset)
+    seen = results["held_out_images"]["judges"]["small"]
+    assert seen["num_images"] == sum(part["num_images"] for part in seen["by_num_objects"].values()) > 0
+    assert results["protocols"]["matched"]["num_conditions"] == seen["num_images"]
+    assert "20 are needed" in results["distribution"]["missing"]  # sixty scenes are too few
+
+
+def test_what_is_drawn_by_default_depends_on_labels_and_data(tiny_dataset, tmp_path):
+    store = open_store(tiny_dataset, resolution=16, cache_dir=tmp_path)
+
+    def names(*arguments):
+        return [protocol.name for protocol in evaluate.choose_protocols(None, *arguments, None)]
+
+    assert names(ICLEVR_LABELS, None) == ["test", "new_test"]
+    assert names(ICLEVR_LABELS, store) == ["test", "new_test", "matched"]
+    assert names(LabelVocabulary(["a", "b"]), None) == ["all"]
+    assert names(None, store) == ["matched"]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +242,7 @@ def test_evaluate_tests_the_judge_on_held_out_images(run_evaluate, tiny_dataset,
 def test_a_list_that_does_not_fit_ends_evaluate_with_file_and_entry(run_evaluate, tmp_path, content, message):
     (tmp_path / "mine.json").write_text(content)
     with pytest.raises(SystemExit, match=message) as stopped:
-        run_evaluate("--labels", tmp_path / "mine.json")
+        run_evaluate("--protocols", tmp_path / "mine.json")
     assert str(stopped.value).startswith("iclevr-evaluate: ")
 
 
@@ -231,10 +250,12 @@ def test_a_list_that_does_not_fit_ends_evaluate_with_file_and_entry(run_evaluate
     ("arguments", "message"),
     [
         (["--seeds", "0"], "`num_seeds` must be at least 1"),
-        (["--labels", "test", "test.json"], "`labels` must have distinct names"),
-        (["--labels", "missing.json"], "missing.json"),
+        (["--protocols", "test", "test"], "`protocols` must have distinct names"),
+        (["--protocols", "missing.json"], "missing.json"),
+        (["--protocols", "matched"], "matched needs real images; give --data or set ICLEVR_ROOT"),
+        (["--protocols", "unseen"], "unseen"),
         (["--judges", "missing"], "No model named 'missing' comes with this package"),
-        (["--judges", "./judge-small-rendered"], "there is no folder judge-small-rendered"),
+        (["--judges", "./judge-small"], "there is no folder judge-small"),
         (["--judges", "missing.pth"], "got missing.pth, which is no file"),
         (["--judges", "a/judge", "b/a"], "`judges` must have distinct names, got a/judge and b/a"),
         (["--device", "abacus"], "`device` must be one of this machine's, .* got 'abacus': "),
@@ -248,22 +269,26 @@ def test_what_cannot_be_evaluated_ends_evaluate_with_one_line(run_evaluate, argu
 
 def test_judges_are_named_by_their_run_their_file_or_their_folder():
     sources = ["runs/a/judge", "runs/b/judge/", "c", "course/checkpoint.pth"]
-    assert evaluate.by_name(sources, "judges") == dict(zip(["a", "b", "c", "checkpoint"], sources, strict=True))
-    assert evaluate.by_name(["judge"], "labels") == {"judge": "judge"}
+    assert evaluate.judges_by_name(sources) == dict(zip(["a", "b", "c", "checkpoint"], sources, strict=True))
 
 
-@pytest.mark.parametrize("flag", [[], ["--judges", hub.DEFAULT_JUDGE]])
-def test_the_shipped_judge_is_opened_by_default_and_by_its_plain_name(
+def test_a_pipeline_is_named_by_its_folder_or_by_the_run_it_comes_from():
+    named = {None: hub.DEFAULT_PIPELINE, "runs/a/pipeline": "a", "runs/a/best_pipeline/": "a", "me/model": "model"}
+    assert {source: evaluate.pipeline_name(source) for source in named} == named
+
+
+@pytest.mark.parametrize("flag", [[], ["--judges", *hub.DEFAULT_JUDGES]])
+def test_the_shipped_judges_are_opened_by_default_and_by_their_plain_names(
     pipeline_folder, judge_folder, tmp_path, monkeypatch, flag
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ICLEVR_ROOT", raising=False)
-    monkeypatch.setattr(hub, "shipped_folder", {hub.DEFAULT_JUDGE: judge_folder}.__getitem__)
+    monkeypatch.setattr(hub, "shipped_folder", dict.fromkeys(hub.DEFAULT_JUDGES, judge_folder).__getitem__)
     (tmp_path / "one.json").write_text('[["red cube"]]')
     fixed = ["--pipeline", str(pipeline_folder), "--num_inference_steps", "2", "--device", "cpu", "--seeds", "1"]
-    evaluate.main([*fixed, "--labels", "one.json", *flag])
+    evaluate.main([*fixed, "--protocols", "one.json", *flag])
     results = json.loads((tmp_path / "outputs" / "scores" / "results.json").read_text())  # the folder by default
-    assert list(results["scores"]) == [hub.DEFAULT_JUDGE]
+    assert list(results["settings"]["judges"]) == list(hub.DEFAULT_JUDGES)
 
 
 def test_the_demo_forgets_its_last_scores_which_may_be_of_other_weights(tmp_path):

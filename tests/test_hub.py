@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 
 from iclevr_diffusion import ConditionalDDPMPipeline, MultiLabelUNet2DModel
 from iclevr_diffusion.card import describe_training, render_card, render_index
-from iclevr_diffusion.evaluation import Evaluator, load_judge, weights_sha256
+from iclevr_diffusion.evaluation import Evaluator
 from iclevr_diffusion.hub import (
     export_judge,
     export_pipeline,
@@ -28,11 +27,14 @@ from iclevr_diffusion.hub import (
     published_files,
     push_to_hub,
     shipped_folder,
+    training_facts,
     write_card,
 )
+from iclevr_diffusion.judging import load_judge, weights_sha256
 from iclevr_diffusion.models import unet_multilabel
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.pipelines import label_vocabulary, pipeline_conditional_ddpm
+from iclevr_diffusion.protocols import Protocol
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NAMES = ["red cube", "blue sphere", "gray cylinder"]
@@ -499,31 +501,23 @@ def test_an_exported_judge_reads_images_as_its_rounded_weights_do(tmp_path: Path
 
 
 def test_a_card_carries_the_measured_numbers_of_exactly_these_weights(exported: Path, tmp_path: Path) -> None:
-    judge = export_judge(make_judge(), tmp_path / "judge")
-    store = SimpleNamespace(
-        vocabulary=load_pipeline(exported).vocabulary,
-        sha256="0123456789abcdef",
-        indices=lambda split: np.arange(4),
-        pixel_values=np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), dtype=np.uint8),
-        class_labels=np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 1, 1]], dtype=np.uint8),
-    )
-    lists = {"some": [["red cube"], ["blue sphere", "gray cylinder"]]}
+    protocol = Protocol("some", (("red cube",), ("blue sphere", "gray cylinder")), "replicates")
     evaluator = Evaluator(
         load_pipeline(exported),
-        {"small": load_judge(judge)},
-        lists,
+        {"small": make_judge()},
+        [protocol],
         tmp_path / "evaluation",
         num_seeds=2,
-        num_inference_steps=2,
+        options={"num_inference_steps": 2},
         pipeline_name=str(exported),
     )
     evaluator.pipeline.set_progress_bar_config(disable=True)
-    results = evaluator.run(store)
+    results = evaluator.run()
     results_file = tmp_path / "evaluation" / "results.json"
 
     assert "Not measured yet." in (exported / "README.md").read_text()
     card = huggingface_hub.ModelCard(write_card(exported, FACTS, results=results_file).read_text())
-    score = results["scores"]["small"]["lists"]["some"]
+    score = results["protocols"]["some"]["judges"]["small"]["all"]
     assert f"| some | small | 4 | {score['top_k']['value']:.3f} |" in card.text
     assert card.data.eval_results[0].metric_value == round(score["top_k"]["value"], 4)
     assert card.data.license == "apache-2.0" and "noise" in card.data.tags
@@ -531,17 +525,36 @@ def test_a_card_carries_the_measured_numbers_of_exactly_these_weights(exported: 
     assert "results.json" in published_files(exported)
     assert str(tmp_path) not in (exported / "results.json").read_text()
 
-    read = write_card(judge, FACTS, results=results_file).read_text()
-    own = results["held_out_images"]["small"]
-    assert f"| held-out images | 4 | {own['top_k']:.3f} | {own['exact_match']:.3f} |" in read
-    assert "scores" not in json.loads((judge / "results.json").read_text())
-
     other = export_pipeline(make_pipeline(1), tmp_path / "other")
     with pytest.raises(ValueError, match="got scores of others; run `iclevr-evaluate` with this folder"):
         write_card(other, results=results_file)
-    with pytest.raises(ValueError, match="must be a results.json of `iclevr-evaluate`"):
+    with pytest.raises(ValueError, match="must be a file that `iclevr-evaluate` wrote, got none of its form"):
         write_card(other, results=exported / "model_index.json")
     assert not (other / "results.json").exists()
+
+
+def test_a_judges_card_carries_its_own_scores_on_each_data_set(tmp_path: Path) -> None:
+    folder = export_judge(make_judge(), tmp_path / "judge")
+    score = {"num_images": 4, "top_k": 0.75, "exact_match": 0.5}
+    empty = {"num_images": 1, "top_k": None, "exact_match": 1.0}
+    scores = {**score, "by_num_objects": {"0": empty, "1": score}}
+    measured = {
+        "judges": {
+            "other": {"weights_sha256": "0" * 64, "threshold": 9.0},
+            "mine": {"weights_sha256": weights_sha256(load_judge(folder)), "threshold": 0.25},
+        },
+        "data": {"rendered": {"data_sha256": "1" * 64, "judges": {"mine": scores, "other": {}}}},
+        "environment": {"machine": "a machine"},
+    }
+    (tmp_path / "judges.json").write_text(json.dumps(measured))
+    card = write_card(folder, FACTS, results=tmp_path / "judges.json").read_text()
+    assert "| rendered, held out | 4 | 0.750 | 0.500 |" in card
+    assert "| rendered, held out, 0 labels | 1 | - | 1.000 |" in card and "threshold (0.25" in card
+    assert json.loads((folder / "results.json").read_text())["judge"]["threshold"] == 0.25
+    del measured["judges"]["mine"]
+    (tmp_path / "judges.json").write_text(json.dumps(measured))
+    with pytest.raises(ValueError, match="got scores of others; run `benchmarks/judges.py` with this folder"):
+        write_card(folder, results=tmp_path / "judges.json")
 
 
 def test_a_card_tells_recipe_machine_and_duration_of_the_run_but_no_path(
@@ -583,6 +596,109 @@ def test_a_card_tells_recipe_machine_and_duration_of_the_run_but_no_path(
         ValueError, match="must be the output folder of a training run, but .* lacks config.yaml and metrics.jsonl"
     ):
         write_card(folder, training=tmp_path)
+
+
+SEEN = [["red cube"], ["red cube", "blue sphere"]]
+UNKNOWN = {"conditions": None, "data_sha256": None}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """What a training run of one step leaves, without its weights."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("batch_size: 8\n")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "images_per_second": 8.0}\n')
+    (folder / "data.json").write_text(json.dumps({"root": "/mnt/me", "data": "a" * 64, "split": "train"}))
+    (folder / "conditions.json").write_text(json.dumps(SEEN))
+    return folder
+
+
+def test_a_published_folder_tells_what_its_weights_have_seen(
+    pipeline: ConditionalDDPMPipeline, exported: Path, run: Path, tmp_path: Path
+) -> None:
+    assert training_facts(exported) == UNKNOWN
+    folder = export_pipeline(pipeline, tmp_path / "trained", training=run)
+    assert {"conditions.json", "training.json"} < set(published_files(folder))
+    facts = training_facts(folder)
+    assert facts == {"conditions": [("red cube",), ("red cube", "blue sphere")], "data_sha256": "a" * 64}
+    assert json.loads((folder / "training.json").read_text())["split"] == "train"
+    assert not any(b"/mnt/me" in (folder / file).read_bytes() for file in published_files(folder))
+
+    write_card(exported, training=run)
+    assert training_facts(exported) == facts
+    write_card(exported)
+    assert training_facts(exported) == facts
+    (run / "conditions.json").unlink()
+    write_card(exported, training=run)
+    assert training_facts(exported) == {"conditions": None, "data_sha256": "a" * 64}
+    assert "conditions.json" not in published_files(exported)
+
+
+def test_a_runs_pipeline_has_seen_what_lies_beside_it(
+    pipeline: ConditionalDDPMPipeline, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.save_pretrained(run / "best_pipeline")
+    facts = training_facts(run / "best_pipeline")
+    assert facts == {"conditions": list(map(tuple, SEEN)), "data_sha256": "a" * 64}
+    monkeypatch.chdir(run / "best_pipeline")
+    assert training_facts(".") == facts
+    (run / "config.yaml").unlink()  # then it is the folder of no run
+    assert training_facts(run / "best_pipeline") == UNKNOWN
+
+
+def test_what_weights_have_seen_is_uploaded_read_from_the_hub_and_removed_with_them(
+    hub: LoopbackHub, pipeline: ConditionalDDPMPipeline, exported: Path, run: Path, tmp_path: Path
+) -> None:
+    push_to_hub(export_pipeline(pipeline, tmp_path / "trained", training=run), "me/model")
+    assert training_facts("me/model") == {"conditions": list(map(tuple, SEEN)), "data_sha256": "a" * 64}
+    push_to_hub(exported, "me/model", revision="other")
+    assert "conditions.json" not in hub.repositories["me/model"].files("other")
+    assert training_facts("me/model", revision="other") == UNKNOWN
+    assert training_facts("me/model")["conditions"] is not None
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("conditions.json", "{", "conditions.json must be JSON: "),
+        ("conditions.json", "[" * 100_000, "conditions.json must be JSON: "),
+        ("conditions.json", "{}", "conditions.json must hold a list of lists of distinct labels, .*, got dict"),
+        (
+            "conditions.json",
+            '["red cube"]',
+            "conditions.json must hold a list of lists .*, got 'red cube' in number 0",
+        ),
+        ("conditions.json", '[["red cube"], [1]]', r"conditions.json must hold .*, got \[1\] in number 1"),
+        ("conditions.json", '[["a", "a"]]', r"conditions.json must hold .*, got \['a', 'a'\] in number 0"),
+        ("training.json", "[]", "training.json must hold a JSON object, got list"),
+        (
+            "training.json",
+            '{"data_sha256": "../a"}',
+            r"training.json must name the images by a SHA-256 .*, got '\.\./a'",
+        ),
+        ("training.json", '{"data_sha256": [1]}', r"training.json must name the images by a SHA-256 .*, got \[1\]"),
+    ],
+)
+def test_facts_of_training_that_are_not_right_are_refused(exported: Path, file: str, text: str, message: str) -> None:
+    (exported / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        training_facts(exported)
+
+
+def test_an_export_does_not_publish_conditions_that_are_none(
+    pipeline: ConditionalDDPMPipeline, run: Path, tmp_path: Path
+) -> None:
+    (run / "conditions.json").write_text('{"images": ["me.png"]}')
+    with pytest.raises(ValueError, match="run/conditions.json must hold a list of lists of distinct labels"):
+        export_pipeline(pipeline, tmp_path / "trained", training=run)
+    assert not (tmp_path / "trained").exists()
+
+
+def test_only_a_pipeline_has_facts_of_training(tmp_path: Path) -> None:
+    judge = export_judge(make_judge(), tmp_path / "judge")
+    with pytest.raises(ValueError, match="must be a pipeline's folder with a model_index.json, and there is none"):
+        training_facts(judge)
 
 
 @pytest.mark.parametrize(

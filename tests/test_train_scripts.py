@@ -1,3 +1,4 @@
+import hashlib
 import importlib.util
 import json
 import os
@@ -22,6 +23,8 @@ from iclevr_diffusion.config import parse_config
 from iclevr_diffusion.data import BatchLoader
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.rendering import render_dataset
+from iclevr_diffusion.training import TrainingRun
+from iclevr_diffusion.training_data import TrainingData
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "train_scripts"
 TINY = {
@@ -223,6 +226,67 @@ def test_a_run_on_all_images_is_marked(train, tmp_path, capfd):
     folder = train(tmp_path / "run", split="all")
     assert json.loads((folder / "data.json").read_text())["split"] == "all"
     assert "nothing is held out" in capfd.readouterr().err
+
+
+def write_sets(folder, sets):
+    path = folder / "sets.json"
+    path.write_text(json.dumps(sets))
+    return str(path)
+
+
+def test_no_image_that_shows_a_held_out_set_is_trained_on(train, tiny_dataset, tmp_path, capfd):
+    labels = json.loads((tiny_dataset / "train.json").read_text())
+    # The train split of these four scenes is 1 and 2. A pair takes the triple that it grows into along, not its parts.
+    single, pair, triple = (labels[f"CLEVR_train_000001_{k}.png"] for k in range(3))
+    other_single, other_pair, other_triple = (labels[f"CLEVR_train_000002_{k}.png"] for k in range(3))
+    sets = [pair[::-1], other_triple]
+    folder = train(tmp_path / "run", hold_out=write_sets(tmp_path, sets), sample_every=2)
+
+    data = json.loads((folder / "data.json").read_text())
+    assert data["num_images"] == 3
+    assert data["hold_out"] == {
+        "name": "sets",
+        "sha256": hashlib.sha256(json.dumps(sets).encode()).hexdigest(),
+        "num_images_left_out": 3,
+    }
+    conditions = list(map(set, json.loads((folder / "conditions.json").read_text())))
+    assert sorted(map(sorted, conditions)) == sorted(map(sorted, [single, other_single, other_pair]))
+    drawn = json.loads(Image.open(folder / "samples" / "step-00000002.png").text["labels"])
+    assert not any(set(held_out) <= set(names) for held_out in sets for names in drawn)
+    assert "3 of 6 images are left out: each shows one of the 2 label sets" in capfd.readouterr().err
+
+
+def test_a_resumed_run_must_hold_out_the_same_sets_wherever_their_file_lies(train, tiny_dataset, tmp_path):
+    sets = [json.loads((tiny_dataset / "train.json").read_text())["CLEVR_train_000001_1.png"]]
+    file = write_sets(tmp_path, sets)
+    folder = train(tmp_path / "run", hold_out=file, lr_schedule="constant", max_steps=1)
+    (tmp_path / "elsewhere").mkdir()
+    train(folder, hold_out=shutil.move(file, tmp_path / "elsewhere"), lr_schedule="constant")
+    with pytest.raises(ValueError, match="`hold_out` must be '[0-9a-f]{64}' to go on from .*, got 'none'"):
+        train(folder, lr_schedule="constant", max_steps=3)
+    with pytest.raises(ValueError, match="`hold_out` must be '[0-9a-f]{64}' to go on from"):
+        train(folder, hold_out="held-out", lr_schedule="constant", max_steps=3)
+
+
+def test_a_hold_out_that_is_none_or_leaves_nothing_is_refused(train, tmp_path):
+    with pytest.raises(FileNotFoundError, match="`hold_out`: A protocol must be one of .* there is no file nothing"):
+        train(tmp_path / "run", hold_out="nothing")
+    with pytest.raises(ValueError, match="`hold_out`: .*Unknown label 'red cub'; did you mean 'red cube'"):
+        train(tmp_path / "run", hold_out=write_sets(tmp_path, [["red cub"]]))
+    singles = [[name] for name in ICLEVR_LABELS]
+    with pytest.raises(ValueError, match="`hold_out` must leave images to train on, but all 6 show a label set of"):
+        train(tmp_path / "run", hold_out=write_sets(tmp_path, singles))
+    assert not (tmp_path / "run" / "data.json").exists()
+
+
+def test_validation_labels_leave_out_what_is_held_out(tiny_dataset, tmp_path):
+    labels = json.loads((tiny_dataset / "train.json").read_text())
+    single, pair, _ = (
+        labels[f"CLEVR_train_000003_{k}.png"] for k in range(3)
+    )  # the only scene of four to validate on
+    fields = {"data": str(tiny_dataset), **TINY, "output_dir": str(tmp_path / "run")}
+    config = train_ddpm.DDPMConfig(**fields, hold_out=write_sets(tmp_path, [pair]))
+    assert TrainingData(TrainingRun(config), config).validation_conditions == [tuple(single)]
 
 
 @pytest.mark.slow

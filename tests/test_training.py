@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from iclevr_diffusion import training
+from iclevr_diffusion import environment, training
 from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
 from iclevr_diffusion.config import TrainConfig
 from iclevr_diffusion.ema import ExponentialMovingAverage
@@ -447,14 +447,14 @@ def test_a_commit_is_named_only_where_it_holds_the_source(tmp_path, monkeypatch)
         identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
 
-    (tmp_path / "training.py").touch()
-    monkeypatch.setattr(training, "__file__", str(tmp_path / "training.py"))
+    (tmp_path / "environment.py").touch()
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
     git("init")
     git("commit", "--allow-empty", "-m", "somebody's project, with this package in its folder")
-    assert training._git_commit() is None
-    git("add", "training.py")
+    assert environment.git_commit() is None
+    git("add", "environment.py")
     git("commit", "-m", "the source")
-    assert len(training._git_commit()) == 40
+    assert len(environment.git_commit()) == 40
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

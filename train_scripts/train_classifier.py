@@ -2,8 +2,9 @@
 
 accelerate launch train_scripts/train_classifier.py --data /data/iclevr --output_dir outputs/judge
 
-The train split is trained on, the validation split is scored after every pass over it, and the held-out split once, at
-the end; nothing is chosen by either score.
+The train split is trained on, and the validation split is scored after every pass over it. At the end the validation
+images set the judge's threshold, and the held-out split is scored once, in `results.json`: it decides nothing.
+`errors.png` shows the held-out images that the judge reads wrongly.
 """
 
 import json
@@ -13,15 +14,16 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from iclevr_diffusion.augmentation import augment
 from iclevr_diffusion.config import LearningRateSchedule, TrainConfig, option, parse_config
 from iclevr_diffusion.data import BatchLoader, ImageStore, normalize, open_store
-from iclevr_diffusion.evaluation import load_judge
+from iclevr_diffusion.images import save_png
+from iclevr_diffusion.judging import calibration_error, choose_threshold, draw_readings, load_judge, read_images
 from iclevr_diffusion.models.classifier import LabelClassifier
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
-from iclevr_diffusion.scores import score_images
+from iclevr_diffusion.scores import exact_match, score_images
 from iclevr_diffusion.training import TrainingRun
 
 
@@ -32,7 +34,7 @@ class ClassifierConfig(TrainConfig):
     output_dir: str = option("outputs/judge", "folder of everything that the run writes", may_change=True)
     data: tuple[str, ...] = option(("ICLEVR_ROOT",), "folders in the course's layout; ICLEVR_ROOT: that variable's")
     evaluate_on: tuple[str, ...] = option((), "more folders, whose held-out split is scored too", may_change=True)
-    model: Literal["small", "resnet18", "resnet50"] = option(
+    model: Literal["small", "resnet18", "resnet18_half", "resnet50"] = option(
         "small", "the network; the course's evaluator is resnet18"
     )
     resolution: int = option(64, "height and width of the images in pixels")
@@ -67,16 +69,12 @@ class MixedBatches:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-@torch.no_grad()
-def read_split(judge: nn.Module, store: ImageStore, split: str) -> tuple[Tensor, Tensor]:
-    """Returns the logits of a split's images and their true labels, both (num_images, num_classes)."""
-    judge.eval()
-    indices = store.indices(split)
-    logits = [torch.empty(0, len(store.vocabulary))]
-    for start in range(0, len(indices), 128):
-        pixel_values = torch.from_numpy(store.pixel_values[indices[start : start + 128]])
-        logits.append(judge(normalize(pixel_values.to(judge.device))).logits.float().cpu())
-    return torch.cat(logits), torch.from_numpy(store.class_labels[indices]).float()
+def images_of(stores: list[ImageStore], split: str) -> tuple[np.ndarray, Tensor]:
+    """Returns a split's images of all stores, uint8 (N, 3, H, W), and their labels (N, num_classes)."""
+    rows = [store.indices(split) for store in stores]
+    pixel_values = [store.pixel_values[split_rows] for store, split_rows in zip(stores, rows, strict=True)]
+    class_labels = [store.class_labels[split_rows] for store, split_rows in zip(stores, rows, strict=True)]
+    return np.concatenate(pixel_values), torch.from_numpy(np.concatenate(class_labels)).float()
 
 
 def main(config: ClassifierConfig) -> None:
@@ -89,6 +87,7 @@ def main(config: ClassifierConfig) -> None:
         stores[root] = open_store(folder, resolution=config.resolution, vocabulary=vocabulary)
     train_stores = [stores[root] for root in config.data]
     vocabulary = train_stores[0].vocabulary
+    validation_images, validation_labels = images_of(train_stores, "validation")
     run.pin(data=" ".join(store.sha256 for store in train_stores))
     loader = MixedBatches(train_stores, run)
     images_per_step = config.batch_size * config.gradient_accumulation_steps * run.accelerator.num_processes
@@ -112,24 +111,38 @@ def main(config: ClassifierConfig) -> None:
         lr_scheduler.step()
         optimizer.zero_grad()
         run.log(loss=loss)
-        if run.every(max(1, loader.num_images // images_per_step)):
-            parts = [read_split(run.unwrap(judge), store, "validation") for store in train_stores]
-            logits, class_labels = map(torch.cat, zip(*parts, strict=True))
-            if len(logits):  # a small data set can have no validation image
-                scores = score_images(logits, class_labels)
-                run.log(**{f"validation_{name}": scores[name] for name in ("exact_match", "top_k")})
-                run.print(f"step {run.step}, validation: {scores}")
+        # A small data set can have no validation image.
+        if run.every(max(1, loader.num_images // images_per_step)) and len(validation_images):
+            scores = score_images(read_images(run.unwrap(judge), validation_images).logits, validation_labels)
+            run.log(**{f"validation_{name}": scores[name] for name in ("exact_match", "top_k")})
+            run.print(f"step {run.step}, validation: {scores}")
 
-    folder = run.save_pipeline(run.unwrap(judge), "judge")
+    judge = run.unwrap(judge)
+    if len(validation_images):
+        threshold = choose_threshold(read_images(judge, validation_images).logits, validation_labels)
+        judge.register_to_config(threshold=threshold)
+    folder = run.save_pipeline(judge, "judge")
     judge = load_judge(folder).to(run.accelerator.device)  # what is scored is what was written
+    threshold = judge.config.threshold
     results = {"model": config.model, "max_steps": config.max_steps, "num_train_images": loader.num_images}
-    results["held_out"] = {}
+    results |= {"num_validation_images": len(validation_images), "threshold": threshold, "held_out": {}}
+    errors = []
     for root, store in stores.items():
-        logits, class_labels = read_split(judge, store, "held-out")
+        pixel_values, class_labels = images_of([store], "held-out")
+        logits = read_images(judge, pixel_values).logits
+        wrong = ~exact_match(logits, class_labels, threshold)
+        errors.append((torch.from_numpy(pixel_values)[wrong], class_labels[wrong], logits[wrong] > threshold))
         if len(logits):
-            results["held_out"][root] = score_images(logits, class_labels) | {"data_sha256": store.sha256}
+            scores = score_images(logits, class_labels, threshold=threshold)
+            scores |= {"calibration_error": calibration_error(logits, class_labels), "data_sha256": store.sha256}
+            results["held_out"][root] = scores
     if run.accelerator.is_main_process:
         (run.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (run.output_dir / "errors.png").unlink(missing_ok=True)
+        pixel_values, class_labels, seen = map(torch.cat, zip(*errors, strict=True))
+        if len(seen):
+            sheet = draw_readings(pixel_values.numpy(), class_labels, {"judge": seen}, vocabulary.names)
+            save_png(sheet, run.output_dir / "errors.png", {"model": config.model, "threshold": threshold})
     run.print(json.dumps(results, indent=2), f"\nThe judge is in {folder}.")
     run.finish()
 

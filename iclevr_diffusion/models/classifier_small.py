@@ -49,6 +49,7 @@ class SmallLabelClassifier(ModelMixin, ConfigMixin):
         image_size: Height and width of the images in pixels.
         label_names: Name of each label in the order of the logits, or None if they have no names.
         block_out_channels: Channels of each residual block; each but the first halves height and width.
+        threshold: A logit above it means that the object is in the image; chosen on validation images.
     """
 
     @register_to_config
@@ -59,6 +60,7 @@ class SmallLabelClassifier(ModelMixin, ConfigMixin):
         *,
         label_names: Sequence[str] | None = None,
         block_out_channels: Sequence[int] = (24, 48, 96, 160),
+        threshold: float = 0.0,
     ) -> None:
         super().__init__()
         if label_names is not None and len(label_names) != num_classes:
@@ -82,6 +84,16 @@ class SmallLabelClassifier(ModelMixin, ConfigMixin):
         self, pixel_values: Tensor, return_dict: bool = True
     ) -> ImageClassifierOutputWithNoAttention | tuple[Tensor]:
         """Reads `pixel_values` (B, 3, H, W) in [-1, 1]; the `logits` of the output are (B, num_classes)."""
+        logits = self.classifier(self.extract_features(pixel_values))
+        return ImageClassifierOutputWithNoAttention(logits=logits) if return_dict else (logits,)
+
+    def extract_features(self, pixel_values: Tensor) -> Tensor:
+        """Returns what the last layer sees of `pixel_values` (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            The mean and then the maximum of each of the last block's channels over the image
+            (B, 2 * block_out_channels[-1]).
+        """
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
             raise ValueError(
@@ -94,5 +106,4 @@ class SmallLabelClassifier(ModelMixin, ConfigMixin):
                 " scale uint8 images by `x / 127.5 - 1`, or convert images or model with `.to(dtype)`."
             )
         hidden_states = self.blocks(self.stem(pixel_values))
-        logits = self.classifier(torch.cat([hidden_states.mean((2, 3)), hidden_states.amax((2, 3))], dim=1))
-        return ImageClassifierOutputWithNoAttention(logits=logits) if return_dict else (logits,)
+        return torch.cat([hidden_states.mean((2, 3)), hidden_states.amax((2, 3))], dim=1)

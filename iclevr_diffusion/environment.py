@@ -1,0 +1,57 @@
+"""What a measurement or a training ran on: the machine, the versions, and the state of the source."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("iclevr-diffusion", "torch", "diffusers", "accelerate", "transformers", "datasets", "numpy")
+
+
+def describe_environment(device: torch.device, num_processes: int = 1) -> dict[str, Any]:
+    """Describes machine, versions and commit, in words that hold for every run on the same installation.
+
+    Args:
+        device: Where the networks are.
+        num_processes: How many processes share the work.
+    """
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "machine": gpu or _processor(),
+        "device": gpu or device.type,
+        "num_processes": num_processes,
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": git_commit(),
+    }
+
+
+def _processor() -> str:
+    """Names the model of the CPU where Linux tells it, else its kind."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """Returns the commit of the source tree, with a mark where files differ from it, or `None` outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]  # not so in a project's own `.venv`
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        subprocess.run(tracked, capture_output=True, check=True)
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    return None

@@ -1,0 +1,205 @@
+"""Which label sets a pipeline is asked to draw in an evaluation."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+from iclevr_diffusion.data import ImageStore
+from iclevr_diffusion.labels import ASSETS, LabelVocabulary, read_label_lists
+
+PROTOCOLS = ("test", "new_test", "held-out", "all", "unseen", "crowded")
+MATCHED = "matched"  # by `matched_protocol`, as it needs images
+
+_MAX_CONDITIONS = 100_000  # of `all`: 84 labels; at 30 images each, already three million images
+_NUM_CROWDED = 100  # sets of each size
+_FEW_CONDITIONS = 100  # a file with fewer conditions stands for itself, one with more for the sets it was drawn from
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The conditions of an evaluation.
+
+    Args:
+        name: What the results call it.
+        conditions: Labels of each image to draw; each condition is drawn several times, as replicates.
+        resampled: What the intervals of its scores resample: `replicates` within each condition where the conditions
+            are all that is asked for, `conditions` where they stand for more such label sets.
+    """
+
+    name: str
+    conditions: tuple[tuple[str, ...], ...]
+    resampled: Literal["replicates", "conditions"]
+
+    def __len__(self) -> int:
+        return len(self.conditions)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the conditions in their order, without the name: scores are comparable where it is the same."""
+        return hashlib.sha256(json.dumps(self.conditions).encode()).hexdigest()
+
+
+def open_protocol(
+    name_or_path: str | Path,
+    vocabulary: LabelVocabulary,
+    *,
+    training_conditions: Sequence[Sequence[str]] | None = None,
+) -> Protocol:
+    """Opens a protocol by its name, or makes one of a list of one's own.
+
+    - `test`, `new_test`: the lists of i-CLEVR, whose label sets nearly all occur among its training images.
+    - `held-out`: 24 pairs and 96 triples of i-CLEVR's labels, each label in two of the pairs and twelve of the triples,
+      and no pair in a triple. A training run with `hold_out: held-out` sees no image that shows all labels of one of
+      them, so that a pipeline must combine what it has only seen apart, as in *Compositional Abilities Emerge
+      Multiplicatively* (Okawa et al., 2023, https://arxiv.org/abs/2310.09336).
+    - `all`: every set of one, two and three labels, 2,324 for the 24 of i-CLEVR.
+    - `unseen`: those of `all` that no training image shows.
+    - `crowded`: up to 100 sets of four and of five labels, more than i-CLEVR's images show, as in *Local Mechanisms of
+      Compositional Generalization in Conditional Diffusion* (Bradley, 2025, https://arxiv.org/abs/2509.16447).
+
+    Args:
+        name_or_path: One of `PROTOCOLS`, or a file in the form of i-CLEVR's `test.json`, which gives its own name.
+        vocabulary: The labels that the pipeline knows.
+        training_conditions: Label sets of the images that the pipeline was trained on, see `hub.training_facts`; only
+            `unseen` needs them.
+
+    Raises:
+        FileNotFoundError: If it is neither a name nor a file.
+        ValueError: If the protocol does not fit the vocabulary, the training conditions that it needs are not known or
+            leave nothing unseen, or the file holds an empty or repeated condition, or no list of conditions.
+    """
+    if name_or_path in ("test", "new_test", "held-out"):
+        conditions = _packaged_conditions(name_or_path, vocabulary)
+        resampled = "conditions" if name_or_path == "held-out" else "replicates"
+    elif name_or_path == "all":
+        conditions, resampled = _all_conditions(vocabulary), "conditions"
+    elif name_or_path == "unseen":
+        conditions, resampled = _unseen_conditions(vocabulary, training_conditions), "conditions"
+    elif name_or_path == "crowded":
+        conditions, resampled = _crowded_conditions(vocabulary), "conditions"
+    else:
+        conditions = _read_conditions(Path(name_or_path), vocabulary)
+        resampled = "replicates" if len(conditions) < _FEW_CONDITIONS else "conditions"
+        name_or_path = Path(name_or_path).stem
+    return Protocol(name_or_path, tuple(map(tuple, conditions)), resampled)
+
+
+def matched_protocol(store: ImageStore) -> Protocol:
+    """Asks for the label sets of the held-out images, each as often as it occurs there.
+
+    What is drawn then differs from these images in nothing but the images themselves, which is what distribution
+    metrics measure. Images without labels are left out.
+
+    Raises:
+        ValueError: If no held-out image has labels.
+    """
+    rows = store.class_labels[store.indices("held-out")]
+    names = store.vocabulary.names
+    conditions = tuple(tuple(names[i] for i in row.nonzero()[0]) for row in rows if row.any())
+    if not conditions:
+        raise ValueError(
+            "`store` must have held-out images with labels, and none of its images is one; a twentieth of the scenes is"
+            " held out, so give a data set of more scenes."
+        )
+    return Protocol(MATCHED, conditions, "conditions")
+
+
+def _packaged_conditions(name: str, vocabulary: LabelVocabulary) -> list[list[str]]:
+    path = ASSETS / f"{name.replace('-', '_')}.json"
+    labels = {label for condition in json.loads(path.read_text(encoding="utf-8")) for label in condition}
+    if missing := sorted(labels - set(vocabulary)):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"The protocol `{name}` asks for i-CLEVR's labels, but the vocabulary of {len(vocabulary)} labels lacks"
+            f" {', '.join(missing[:3])}{more}; take `all` or `crowded`, or give a file in the form of test.json."
+        )
+    return read_label_lists(path, vocabulary)
+
+
+def _all_conditions(vocabulary: LabelVocabulary) -> list[tuple[str, ...]]:
+    sizes = (1, 2, 3)
+    num_conditions = sum(math.comb(len(vocabulary), size) for size in sizes)
+    if num_conditions > _MAX_CONDITIONS:
+        raise ValueError(
+            f"The protocols `all` and `unseen` hold at most {_MAX_CONDITIONS:,} label sets, but {len(vocabulary)} labels"
+            f" form {num_conditions:,} sets of one to three; give a file in the form of test.json with some of them."
+        )
+    return [condition for size in sizes for condition in combinations(vocabulary, size)]
+
+
+def _unseen_conditions(
+    vocabulary: LabelVocabulary, training_conditions: Sequence[Sequence[str]] | None
+) -> list[tuple[str, ...]]:
+    if training_conditions is None:
+        raise ValueError(
+            "The protocol `unseen` needs `training_conditions`, the label sets of the training images, and this pipeline"
+            " comes without them; evaluate the `pipeline` folder of its training run, which conditions.json lies beside,"
+            " or export it again with `export_pipeline(..., training=run_folder)`."
+        )
+    try:
+        seen = {frozenset(map(vocabulary.index, condition)) for condition in training_conditions}
+    except ValueError as error:
+        raise ValueError(f"`training_conditions` must hold labels that the pipeline knows: {error}") from None
+    conditions = _all_conditions(vocabulary)
+    unseen = [condition for condition in conditions if frozenset(map(vocabulary.index, condition)) not in seen]
+    if not unseen:
+        raise ValueError(
+            f"The protocol `unseen` is empty: the training images show all {len(conditions):,} sets of one to three"
+            " labels; take `all`."
+        )
+    return unseen
+
+
+def _crowded_conditions(vocabulary: LabelVocabulary) -> list[tuple[str, ...]]:
+    """Draws sets of the labels used least so far; hashes break ties, so that no library's generator is relied upon."""
+    if len(vocabulary) < 5:
+        raise ValueError(
+            f"The protocol `crowded` needs at least 5 labels for sets of four and five, got {len(vocabulary)}; give a"
+            " file in the form of test.json."
+        )
+    drawn: dict[frozenset[str], None] = {}
+    for size in (4, 5):
+        num_uses = Counter()
+        for draw in range(min(_NUM_CROWDED, math.comb(len(vocabulary), size))):
+            order = sorted(
+                vocabulary,
+                key=lambda label: (num_uses[label], hashlib.sha256(f"{size} {draw} {label}".encode()).digest()),
+            )
+            # The first five come first, and what follows differs from them as late as possible.
+            condition = next(labels for labels in map(frozenset, combinations(order, size)) if labels not in drawn)
+            drawn[condition] = None
+            num_uses.update(condition)
+    return [tuple(sorted(labels, key=vocabulary.index)) for labels in drawn]
+
+
+def _read_conditions(path: Path, vocabulary: LabelVocabulary) -> list[list[str]]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"A protocol must be one of {', '.join(PROTOCOLS)} or a file in the form of test.json; there is no file"
+            f" {path}."
+        )
+    if path.stem == MATCHED:
+        raise ValueError(
+            f"{path} must have another name: {MATCHED!r} is the protocol of the held-out images; rename it."
+        )
+    conditions = read_label_lists(path, vocabulary)
+    first: dict[frozenset[str], int] = {}
+    for position, condition in enumerate(conditions):
+        if not condition:
+            raise ValueError(
+                f"{path} must name at least one label in every condition, got none in number {position}; without one"
+                " there is nothing to find in the image."
+            )
+        earlier = first.setdefault(frozenset(condition), position)
+        if earlier != position:
+            raise ValueError(
+                f"{path} must ask for each label set once, got {', '.join(condition)} in numbers {earlier} and"
+                f" {position}, which would be the same images twice; draw more images of each condition instead."
+            )
+    return conditions
