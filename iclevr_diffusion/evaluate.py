@@ -11,7 +11,7 @@ from accelerate import PartialState
 
 from iclevr_diffusion.command_line import add_pipeline_arguments, open_pipeline
 from iclevr_diffusion.data import ImageStore, open_store
-from iclevr_diffusion.evaluation import SEEDS_OF_FEW, SEEDS_OF_MANY, Evaluator
+from iclevr_diffusion.evaluation import DEFAULT_NUM_SEEDS, Evaluator
 from iclevr_diffusion.hub import DEFAULT_JUDGES, DEFAULT_PIPELINE, training_facts
 from iclevr_diffusion.judging import load_judge
 from iclevr_diffusion.labels import ICLEVR_LABELS, LabelVocabulary
@@ -49,8 +49,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seeds",
         type=int,
         default=None,
-        help=f"images of each condition; by default {SEEDS_OF_FEW}, and {SEEDS_OF_MANY} where the conditions stand for"
-        " more; under 10 of under 100 conditions the result is marked quick and has no interval",
+        help="images of each condition; by default {replicates} of a fixed list, {conditions} of 100 conditions or more"
+        " that stand for others, {many conditions} of 1000; under 10 of under 100 conditions the result is marked quick"
+        " and has no interval".format(**DEFAULT_NUM_SEEDS),
     )
     parser.add_argument("--out", default="outputs/scores", help="folder of this evaluation; by default outputs/scores")
     parser.add_argument(

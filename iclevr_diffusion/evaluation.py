@@ -36,7 +36,9 @@ SCHEMA_VERSION = 2
 
 NUM_PICTURED = 64  # conditions of a protocol, at most, that are shown in grids and strips
 NUM_SAMPLES = 8  # images in the row that stands for the pipeline beside others
-SEEDS_OF_FEW, SEEDS_OF_MANY = 30, 1  # images of each condition: of a fixed list, and of conditions that stand for more
+
+# Images of each condition: of a fixed list, of a hundred conditions or more that stand for others, and of a thousand.
+DEFAULT_NUM_SEEDS = {"replicates": 30, "conditions": 5, "many conditions": 1}
 
 
 def image_seed(protocol: str, labels: Sequence[str], replicate: int, occurrence: int = 0) -> int:
@@ -69,8 +71,9 @@ class Evaluator:
         judges: Networks with one logit a label, by the names they get in the results.
         protocols: What is drawn; for a pipeline without labels the protocol of the held-out images alone.
         output_dir: Folder for drawings, records, pictures and results.
-        num_seeds: How many images are drawn of each condition; by default 30 where these are resampled, and 1 where
-            conditions are. Of the held-out images' labels, which come as often as there, it is always 1.
+        num_seeds: How many images are drawn of each condition; by default 30 where these are resampled, 5 where
+            conditions are, and 1 of a thousand conditions or more. Of the held-out images' labels, which come as often
+            as there, it is always 1.
         options: Further arguments of the pipeline's call, such as `num_inference_steps`; the pipeline's own defaults
             if not given.
         micro_batch_size: Images that go through the network at once.
@@ -595,7 +598,7 @@ class Evaluator:
 
 
 def _default_num_seeds(protocol: Protocol) -> int:
-    return SEEDS_OF_FEW if protocol.resampled == "replicates" else SEEDS_OF_MANY
+    return DEFAULT_NUM_SEEDS["many conditions" if len(protocol) >= 1000 else protocol.resampled]
 
 
 def _to_uint8(images: np.ndarray) -> np.ndarray:

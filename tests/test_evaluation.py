@@ -261,10 +261,11 @@ def test_seeds_protocols_and_judges_can_be_added_without_drawing_anything_twice(
     assert make_evaluator(num_seeds=1).run()["protocols"]["first"]["num_images"] == 3
 
 
-def test_conditions_that_stand_for_more_are_drawn_once_and_fixed_lists_often(make_evaluator):
-    many = Protocol("many", FIRST.conditions, "conditions")
-    evaluator = make_evaluator(protocols=(FIRST, many), num_seeds=None)
-    assert evaluator.num_seeds == {"first": 30, "many": 1}
+def test_fixed_lists_are_drawn_often_and_conditions_that_stand_for_more_seldom(make_evaluator):
+    some = Protocol("some", FIRST.conditions, "conditions")
+    many = Protocol("many", FIRST.conditions * 400, "conditions")
+    evaluator = make_evaluator(protocols=(FIRST, some, many, MATCHING), num_seeds=None)
+    assert evaluator.num_seeds == {"first": 30, "some": 5, "many": 1, "matched": 1}
 
 
 def test_an_evaluation_of_ten_seeds_is_no_longer_quick(make_evaluator):
