@@ -1,6 +1,6 @@
 r"""Measures judges side by side on the held-out images of several folders, and shows where they err and disagree.
 
-    python benchmarks/judges.py --judges judge-small-rendered outputs/judge_small_real/judge \
+    python benchmarks/judges.py --judges judge-small judge-resnet18-half \
         --data real=ICLEVR_ROOT rendered=outputs/scenes crowded=outputs/crowded --out outputs/judges
 
 Each judge reads with its own threshold. `judges.json` holds all its scores by number of objects, how often the judges

@@ -13,6 +13,7 @@ from iclevr_diffusion.command_line import add_pipeline_arguments, open_pipeline
 from iclevr_diffusion.data import ImageStore, open_store
 from iclevr_diffusion.evaluation import DEFAULT_NUM_SEEDS, Evaluator
 from iclevr_diffusion.hub import DEFAULT_JUDGES, DEFAULT_PIPELINE, training_facts
+from iclevr_diffusion.inception import WEIGHTS_NAME, InceptionFeatures
 from iclevr_diffusion.judging import load_judge
 from iclevr_diffusion.labels import ICLEVR_LABELS, LabelVocabulary
 from iclevr_diffusion.protocols import MATCHED, PROTOCOLS, Protocol, matched_protocol, open_protocol
@@ -59,6 +60,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=None,
         help="real images, whose held-out part the judges are tested on and drawn images are compared with; by default"
         " ICLEVR_ROOT, if set",
+    )
+    parser.add_argument(
+        "--inception_weights",
+        default=None,
+        help=f"file {WEIGHTS_NAME} of the standard Inception network, for FID and KID with {MATCHED}; needs the extra fid",
     )
     parser.add_argument(
         "--name", default=None, help="what results and leaderboard call the pipeline; by default its folder's name"
@@ -115,6 +121,7 @@ def evaluate(args: argparse.Namespace) -> None:
         judges_used_in_training=args.judges_used_in_training,
         training_conditions=facts["conditions"],
         data_sha256=facts["data_sha256"],
+        inception=None if args.inception_weights is None else InceptionFeatures(args.inception_weights),
     )
     results = evaluator.run(store, no_store_reason="give --data or set ICLEVR_ROOT")
     if state.is_main_process:

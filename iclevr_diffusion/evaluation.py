@@ -27,6 +27,7 @@ from iclevr_diffusion.data import ImageStore
 from iclevr_diffusion.drawings import Drawings, Unit
 from iclevr_diffusion.environment import describe_environment
 from iclevr_diffusion.images import file_stem, make_grid, make_strip, save_png
+from iclevr_diffusion.inception import InceptionFeatures
 from iclevr_diffusion.judging import Reading, check_judge_labels, read_images, weights_sha256
 from iclevr_diffusion.protocols import MATCHED, Protocol, matched_protocol
 from iclevr_diffusion.reference import MIN_COMPARED, Reference
@@ -81,6 +82,7 @@ class Evaluator:
         judges_used_in_training: Names of the judges that also taught the pipeline, whose scores are not independent.
         training_conditions: The label sets that the pipeline was trained on, if known.
         data_sha256: Fingerprint of the images that it was trained on, if known.
+        inception: `InceptionFeatures`, where FID and KID are wanted beside the distances in the judges' features.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Evaluator:
         judges_used_in_training: Sequence[str] = (),
         training_conditions: Sequence[Sequence[str]] | None = None,
         data_sha256: str | None = None,
+        inception: InceptionFeatures | None = None,
     ) -> None:
         for name, count in {"num_seeds": num_seeds, "micro_batch_size": micro_batch_size}.items():
             if count is not None and count < 1:
@@ -129,6 +132,7 @@ class Evaluator:
         self.judges_used_in_training = list(judges_used_in_training)
         self.training_conditions = training_conditions
         self.data_sha256 = data_sha256
+        self.inception = inception
         self.drawings = Drawings(self.output_dir / "drawings")
         self.settings = self._settings()
         self._check_output_dir()
@@ -182,7 +186,7 @@ class Evaluator:
         if store is not None and len(store.indices("held-out")) == 0:
             held_out = distribution = {"missing": "the data have no held-out scene"}
         elif store is not None:
-            reference = Reference(store, self.judges)
+            reference = Reference(store, self.judges, self.inception)
             held_out = reference.scores()
             distribution, pictures = self._compare_with(reference, pixel_values, readings)
         protocols: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from iclevr_diffusion.data import ImageStore
 from iclevr_diffusion.distribution import compare_features, memorisation, relative_diversity
 from iclevr_diffusion.images import make_grid
+from iclevr_diffusion.inception import InceptionFeatures, standard_fid_kid
 from iclevr_diffusion.judging import Reading, read_images
 from iclevr_diffusion.scores import score_images
 
@@ -24,11 +25,15 @@ class Reference:
     Args:
         store: The real images.
         judges: The judges by name.
+        inception: `InceptionFeatures`, where FID and KID are wanted too.
     """
 
-    def __init__(self, store: ImageStore, judges: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, store: ImageStore, judges: Mapping[str, nn.Module], inception: InceptionFeatures | None = None
+    ) -> None:
         self.store = store
         self.judges = judges
+        self.inception = inception
         self.held_out = store.indices("held-out")
         if len(self.held_out) == 0:
             raise ValueError("`store` must have held-out images, and has none: the data set is too small to split.")
@@ -95,6 +100,12 @@ class Reference:
             "judges": judges,
             "memorisation": copies | {"trained_on_these": trained_on_these},
         }
+        if self.inception is not None:
+            real_pixels = store.pixel_values[held_out[rows]]
+            distribution["inception"] = {
+                "generated": standard_fid_kid(self.inception, real_pixels, pixel_values[rows]),
+                "real": standard_fid_kid(self.inception, real_pixels, store.pixel_values[self.stand_ins[rows]]),
+            }
         return distribution, sheet
 
     def _stand_ins(self) -> np.ndarray:

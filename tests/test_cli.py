@@ -260,6 +260,7 @@ def test_a_list_that_does_not_fit_ends_evaluate_with_file_and_entry(run_evaluate
         (["--judges", "a/judge", "b/a"], "`judges` must have distinct names, got a/judge and b/a"),
         (["--device", "abacus"], "`device` must be one of this machine's, .* got 'abacus': "),
         (["--data", "missing"], "missing"),
+        (["--inception_weights", "missing.pth"], "missing.pth"),
     ],
 )
 def test_what_cannot_be_evaluated_ends_evaluate_with_one_line(run_evaluate, arguments, message):

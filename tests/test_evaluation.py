@@ -432,6 +432,19 @@ def test_images_as_good_as_real_ones_have_the_real_ones_labels(make_evaluator):
     assert found["memorisation"]["copies"] == 1  # they are training images
 
 
+def test_fid_and_kid_are_taken_by_the_extractor_that_is_given(make_evaluator):
+    store = make_store(num_images=40)
+    protocols = (matched_protocol(store),)
+
+    def mean_color(pixel_values):
+        return pixel_values.double().mean((2, 3))
+
+    found = make_evaluator(protocols=protocols, inception=mean_color).run(store)["distribution"]["inception"]
+    assert set(found) == {"generated", "real"} and set(found["real"]) == {"fid", "kid"}
+    assert found["generated"]["fid"] > found["real"]["fid"] >= 0
+    assert "inception" not in make_evaluator(protocols=protocols).run(store)["distribution"]
+
+
 def test_real_images_of_another_data_set_than_the_matched_labels_are_refused(make_evaluator, tmp_path):
     with pytest.raises(ValueError, match="must be the images that the protocol 'matched' was made from"):
         make_evaluator(protocols=(MATCHING,)).run(make_store(num_images=40))

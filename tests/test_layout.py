@@ -39,7 +39,7 @@ ARROWS = {
     "validation": {"images", "judging", "scores", "training"},
     "distribution": set(),
     "inception": {"distribution"},
-    "reference": {"data", "distribution", "images", "judging", "scores"},
+    "reference": {"data", "distribution", "images", "inception", "judging", "scores"},
     "drawings": set(),
     "cost": set(),
     "evaluation": {
@@ -49,6 +49,7 @@ ARROWS = {
         "drawings",
         "environment",
         "images",
+        "inception",
         "judging",
         "protocols",
         "reference",
