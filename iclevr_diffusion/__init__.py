@@ -8,7 +8,8 @@ from iclevr_diffusion.labels import ICLEVR_LABELS, LabelVocabulary, read_label_l
 from iclevr_diffusion.models.classifier import LabelClassifier
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.models.unet_multilabel import MultiLabelUNet2DModel
-from iclevr_diffusion.pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline, ConditionalImageOutput
+from iclevr_diffusion.pipelines.labelled_pipeline import ConditionalImageOutput
+from iclevr_diffusion.pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline
 
 __all__ = [
     "ICLEVR_LABELS",

@@ -1,6 +1,6 @@
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -133,10 +133,10 @@ def render_card(
     results, training = (
         (records or {}).get(file) or _read(folder / file) for file in ("results.json", "training.json")
     )
-    network = folder / "unet" if index else folder
-    config = _read(network / "config.json")
+    networks = _networks(folder, index)
+    config = _read(networks[0] / "config.json")
     if index:
-        names = index["label_names"]
+        names = index.get("label_names") or {}
         label_names = [names[str(position)] for position in range(len(names))]
         tags = ["diffusers", "image-generation", "multi-label", *facts.tags]
         image_size, class_name = config["sample_size"], index["_class_name"][1]
@@ -153,7 +153,7 @@ def render_card(
         datasets=list(facts.datasets) or None,
         eval_results=[_eval_result(row, is_pipeline=bool(index)) for row in rows if row["value"] is not None] or None,
     )
-    num_values, dtypes = _count_weights(network)
+    num_values, dtypes = _count_weights(networks)
     card = ModelCard.from_template(
         card_data,
         template_path=str(_template()),
@@ -191,7 +191,7 @@ def render_index(root: str | Path) -> str:
     ]
     for folder in sorted(path.parent for path in Path(root).glob("*/README.md")):
         is_pipeline = (folder / "model_index.json").is_file()
-        num_values, _ = _count_weights(folder / "unet" if is_pipeline else folder)
+        num_values, _ = _count_weights(_networks(folder, _read(folder / "model_index.json")))
         start = f"| [{folder.name}]({folder.name}) | {num_values / 1e6:.2f} M |"
         lines += [
             f"{start} {row['list']} | {row['judge']} | {row['top_k']} | {row['interval']} | {row['exact_match']} |"
@@ -278,10 +278,16 @@ def _template() -> Path:
     return in_clone if in_clone.is_file() else package / "model_cards" / "template.md"
 
 
-def _count_weights(folder: Path) -> tuple[int, list[str]]:
-    """Counts the numbers in a folder's weights and lists the types they are stored as."""
+def _networks(folder: Path, index: Mapping[str, Any]) -> list[Path]:
+    """Lists the folders of a published model's networks: those of a pipeline, or the judge's own."""
+    components = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
+    return [folder / name for name, (library, _) in components.items() if library != "diffusers"] or [folder]
+
+
+def _count_weights(networks: Sequence[Path]) -> tuple[int, list[str]]:
+    """Counts the numbers in networks' weights and lists the types they are stored as."""
     count, dtypes = 0, set()
-    for path in folder.glob("*.safetensors"):
+    for path in [path for folder in networks for path in folder.glob("*.safetensors")]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 -- the file itself cannot be iterated
                 tensor = file.get_tensor(name)

@@ -9,6 +9,8 @@ from diffusers import DiffusionPipeline
 
 from iclevr_diffusion.hub import DEFAULT_PIPELINE, load_pipeline
 
+SAMPLING_OPTIONS = ("num_inference_steps", "guidance_scale")  # flags that not every kind of pipeline has
+
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say which pipeline draws, and how."""
@@ -47,6 +49,10 @@ def make_scheduler(name: str, pipeline: DiffusionPipeline) -> diffusers.Schedule
     scheduler_class = getattr(diffusers, name, None)
     if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
         raise ValueError(f"`scheduler` must name a scheduler class of diffusers such as DDIMScheduler, got {name!r}.")
+    if not hasattr(pipeline, "scheduler"):
+        raise ValueError(
+            f"`scheduler` must be left out for a {type(pipeline).__name__}, which has none, got {name!r}."
+        )
     config, overrides = pipeline.scheduler.config, {}
     accepted = inspect.signature(scheduler_class).parameters
     if "clip_sample" in accepted:

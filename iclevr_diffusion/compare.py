@@ -32,7 +32,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", default=RESULTS, help=f"folder of tables and pictures; by default {RESULTS}")
     parser.add_argument("--readme", default=None, help=f"text file whose part from {BEGIN} to {END} is written anew")
     parser.add_argument(
-        "--protocols", nargs="+", default=None, help="protocols to show; by default those that every system has drawn"
+        "--protocols",
+        nargs="+",
+        default=None,
+        help="protocols to show; by default those that every system has drawn alike, but for matched",
     )
     parser.add_argument(
         "--check", action="store_true", help="write nothing; name the files that are not what the results give"
@@ -47,7 +50,7 @@ class Comparison:
         results: `results.json` files, or folders that hold one; empty takes those in `benchmarks/results/`.
         out: Folder of tables and pictures.
         readme: Text file that holds a part of it; None writes none.
-        protocols: Protocols to show; None shows those that every system has drawn.
+        protocols: Protocols to show; None shows those that every system has drawn alike, but for `matched`.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class Comparison:
         for path, picture in drawn.items():
             save_png(picture, path, {"inputs_sha256": self.board.inputs_sha256})
         for path, text in self.texts.items():
-            path.write_text(text, encoding="utf-8", newline="\n")
+            _write_text(path, text)
         return [*drawn, *self.texts]
 
     def stale_files(self) -> list[Path]:
@@ -113,6 +116,13 @@ def replace_part(path: Path, part: str) -> str:
         raise ValueError(f"{path} must hold the lines {BEGIN} and {END} once, in this order; add them where it goes.")
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
     return f"{before}{BEGIN}\n\n{part}\n\n{after}"
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Writes a text beside its place and moves it there: a README is never left half written."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(unfinished, path)
 
 
 def _hash_in(path: Path) -> str | None:

@@ -29,7 +29,8 @@ def measure_cost(draw: Callable[[int], Any], networks: Sequence[nn.Module], *, b
 
     def count(network: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal num_rows
-        num_rows += next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1]
+        num_rows += max(map(len, tensors), default=1)
 
     with ExitStack() as hooks:
         for network in networks:

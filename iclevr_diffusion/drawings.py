@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,12 +91,15 @@ class Drawings:
             table = pq.read_table(path, columns=list(Unit._fields))
             yield _units(table), json.loads(table.schema.metadata[_RECORD])
 
-    def batches(self) -> Iterator[Batch]:
-        """Yields all batches with their images, in no special order."""
+    def batches(self, wanted: Callable[[Unit], bool] = lambda unit: True) -> Iterator[Batch]:
+        """Yields all batches with their images, in no special order, less the images that are not `wanted`."""
         for path in self._files():
             table = pq.read_table(path, columns=[*Unit._fields, "image"])
-            images = [_from_png(image["bytes"]) for image in table["image"].to_pylist()]
-            yield Batch(_units(table), np.stack(images), json.loads(table.schema.metadata[_RECORD]))
+            mask = [wanted(unit) for unit in _units(table)]
+            if any(mask):
+                table = table.filter(pa.array(mask))
+                images = [_from_png(image["bytes"]) for image in table["image"].to_pylist()]
+                yield Batch(_units(table), np.stack(images), json.loads(table.schema.metadata[_RECORD]))
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("process-*.parquet"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from iclevr_diffusion.command_line import add_pipeline_arguments, open_pipeline
+from iclevr_diffusion.command_line import SAMPLING_OPTIONS, add_pipeline_arguments, open_pipeline
 from iclevr_diffusion.data import ImageStore, open_store
 from iclevr_diffusion.evaluation import DEFAULT_NUM_SEEDS, Evaluator
 from iclevr_diffusion.hub import DEFAULT_JUDGES, DEFAULT_PIPELINE, training_facts
@@ -18,8 +18,6 @@ from iclevr_diffusion.judging import load_judge
 from iclevr_diffusion.labels import ICLEVR_LABELS, LabelVocabulary
 from iclevr_diffusion.protocols import MATCHED, PROTOCOLS, Protocol, matched_protocol, open_protocol
 from iclevr_diffusion.scores import format_results
-
-SAMPLING_OPTIONS = ("num_inference_steps", "guidance_scale")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -100,8 +98,10 @@ def evaluate(args: argparse.Namespace) -> None:
         name: load_judge(source, None if vocabulary is None else vocabulary.names)
         for name, source in judges_by_name(args.judges or DEFAULT_JUDGES).items()
     }
-    store = None
-    if args.data or os.environ.get("ICLEVR_ROOT"):
+    store, no_store_reason = None, "give --data or set ICLEVR_ROOT"
+    if args.data is None and vocabulary not in (None, ICLEVR_LABELS):
+        no_store_reason = "give --data"  # what ICLEVR_ROOT names has other labels
+    elif args.data or os.environ.get("ICLEVR_ROOT"):
         store = open_store(
             args.data,
             resolution=next(iter(judges.values())).config.image_size,
@@ -115,15 +115,14 @@ def evaluate(args: argparse.Namespace) -> None:
         choose_protocols(args.protocols, vocabulary, store, facts["conditions"]),
         args.out,
         num_seeds=args.seeds,
-        options={name: getattr(args, name) for name in SAMPLING_OPTIONS if getattr(args, name) is not None},
+        options={name: getattr(args, name) for name in SAMPLING_OPTIONS},
         micro_batch_size=args.micro_batch_size,
         pipeline_name=args.name or pipeline_name(args.pipeline),
         judges_used_in_training=args.judges_used_in_training,
-        training_conditions=facts["conditions"],
-        data_sha256=facts["data_sha256"],
+        training_facts=facts,
         inception=None if args.inception_weights is None else InceptionFeatures(args.inception_weights),
     )
-    results = evaluator.run(store, no_store_reason="give --data or set ICLEVR_ROOT")
+    results = evaluator.run(store, no_store_reason=no_store_reason)
     if state.is_main_process:
         print(format_results(results))
         print(f"Written to {Path(args.out).resolve()}: results.json, records.parquet, drawings/, pictures")
@@ -141,6 +140,8 @@ def choose_protocols(
         names += [MATCHED] if store is not None else []
     if MATCHED in names and store is None:
         raise ValueError(f"`protocols`: {MATCHED} needs real images; give --data or set ICLEVR_ROOT.")
+    if vocabulary is None and set(names) != {MATCHED}:
+        raise ValueError(f"`protocols` must be {MATCHED} for a pipeline without labels, got {', '.join(names)}.")
     return [
         matched_protocol(store)
         if name == MATCHED
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
         evaluate(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"iclevr-evaluate: {error}")
 
 

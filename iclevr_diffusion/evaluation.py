@@ -1,12 +1,13 @@
 """Scoring of a pipeline: its images of every condition of some protocols, as judges see them."""
 
+import copy
 import hashlib
-import inspect
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import iclevr_diffusion
+from iclevr_diffusion.call_options import call_options, takes
 from iclevr_diffusion.cost import measure_cost
 from iclevr_diffusion.data import ImageStore
 from iclevr_diffusion.drawings import Drawings, Unit
@@ -35,7 +38,12 @@ from iclevr_diffusion.scores import INTERVAL, ceiling, is_quick, score_condition
 
 SCHEMA_VERSION = 2
 
+RESERVED_OPTIONS = frozenset(
+    {"class_labels", "num_images", "seeds", "generator", "latents", "micro_batch_size", "output_type", "return_dict"}
+)
+
 NUM_PICTURED = 64  # conditions of a protocol, at most, that are shown in grids and strips
+RANGE_TOLERANCE = 1e-3  # by which images may leave [0, 1]
 NUM_SAMPLES = 8  # images in the row that stands for the pipeline beside others
 
 # Images of each condition: of a fixed list, of a hundred conditions or more that stand for others, and of a thousand.
@@ -79,9 +87,9 @@ class Evaluator:
             if not given.
         micro_batch_size: Images that go through the network at once.
         pipeline_name: What the results call the pipeline.
-        judges_used_in_training: Names of the judges that also taught the pipeline, whose scores are not independent.
-        training_conditions: The label sets that the pipeline was trained on, if known.
-        data_sha256: Fingerprint of the images that it was trained on, if known.
+        judges_used_in_training: Names of the judges that also taught the pipeline, whose scores are not independent;
+            there must be others. The judge that `training_facts` names is one of them by itself.
+        training_facts: What the pipeline was trained on, as `iclevr_diffusion.hub.training_facts` gives it.
         inception: `InceptionFeatures`, where FID and KID are wanted beside the distances in the judges' features.
     """
 
@@ -97,8 +105,7 @@ class Evaluator:
         micro_batch_size: int = 64,
         pipeline_name: str = "",
         judges_used_in_training: Sequence[str] = (),
-        training_conditions: Sequence[Sequence[str]] | None = None,
-        data_sha256: str | None = None,
+        training_facts: Mapping[str, Any] | None = None,
         inception: InceptionFeatures | None = None,
     ) -> None:
         for name, count in {"num_seeds": num_seeds, "micro_batch_size": micro_batch_size}.items():
@@ -110,9 +117,16 @@ class Evaluator:
             raise ValueError("`protocols` must hold at least one protocol, got none.")
         if repeated := [name for name, n in Counter(protocol.name for protocol in protocols).items() if n > 1]:
             raise ValueError(f"`protocols` must have distinct names, got {repeated[0]!r} more than once.")
+        facts = {"conditions": None, "data_sha256": None, "split": None, "judge": None} | dict(training_facts or {})
         if strangers := sorted(set(judges_used_in_training) - set(judges)):
             raise ValueError(
                 f"`judges_used_in_training` must name some of the judges {list(judges)}, got {strangers}."
+            )
+        used = {*judges_used_in_training} | ({facts["judge"]} & judges.keys())
+        if used == judges.keys():
+            raise ValueError(
+                f"`judges` must hold one that had no part in the training, got {sorted(used)} alone, which had; a judge"
+                " that taught a pipeline never scores it alone."
             )
         self.state = PartialState()
         self.pipeline = pipeline
@@ -120,7 +134,8 @@ class Evaluator:
         self.protocols = {protocol.name: protocol for protocol in protocols}
         self._check_protocols()
         self._check_judges(judges)
-        self.judges = {name: judge.to(pipeline.device).float().eval() for name, judge in judges.items()}
+        self._check_training_conditions(facts["conditions"])
+        self.judges = {name: copy.deepcopy(judge).to(pipeline.device).float().eval() for name, judge in judges.items()}
         self.output_dir = Path(output_dir)
         self.num_seeds = {
             name: 1 if name == MATCHED else num_seeds or _default_num_seeds(protocol)
@@ -129,9 +144,8 @@ class Evaluator:
         self.options = self._with_defaults(options or {})
         self.micro_batch_size = micro_batch_size
         self.pipeline_name = pipeline_name or type(pipeline).__name__
-        self.judges_used_in_training = list(judges_used_in_training)
-        self.training_conditions = training_conditions
-        self.data_sha256 = data_sha256
+        self.judges_used_in_training = [name for name in judges if name in used]
+        self.facts = facts
         self.inception = inception
         self.drawings = Drawings(self.output_dir / "drawings")
         self.settings = self._settings()
@@ -148,22 +162,16 @@ class Evaluator:
         Returns:
             The contents of `results.json`; on other than the main process too.
         """
-        if store is not None and self.vocabulary is not None and store.vocabulary != self.vocabulary:
-            raise ValueError("`store` must have the labels of the pipeline, in the same order; it has others.")
-        matched = self.protocols.get(MATCHED)
-        if store is not None and matched is not None and matched.sha256 != matched_protocol(store).sha256:
-            raise ValueError(
-                f"`store` must be the images that the protocol {MATCHED!r} was made from; make it anew with"
-                " `matched_protocol(store)`."
-            )
-        self.draw()
+        self._check_store(store)
         path = self.output_dir / "results.json"
-        if self.state.is_main_process:
-            results, pictures = self._results(store, no_store_reason)
-            _write_text(path, json.dumps(results, indent=2) + "\n")
-            for name, (picture, metadata) in (pictures | self._pictures()).items():
-                save_png(picture, self.output_dir / name, metadata)
-        self.state.wait_for_everyone()
+        with self._locked_folder():
+            self.draw()
+            if self.state.is_main_process:
+                results, pictures = self._results(store, no_store_reason)
+                _write_text(path, json.dumps(results, indent=2) + "\n")
+                for name, (picture, metadata) in (pictures | self._pictures()).items():
+                    save_png(picture, self.output_dir / name, metadata)
+            self.state.wait_for_everyone()
         return json.loads(path.read_text(encoding="utf-8"))
 
     def draw(self) -> None:
@@ -176,6 +184,11 @@ class Evaluator:
             for batch in tqdm(own_batches, desc="Drawing", unit="batch", disable=not self.state.is_main_process):
                 self._draw_batch(batch)
         self.state.wait_for_everyone()
+        if lost := self._pending_batches():
+            raise ValueError(
+                f"{self.drawings.folder} must hold every image that was drawn, but {sum(map(len, lost))} are not there;"
+                " give all processes the same folder, leave its files alone, and call again."
+            )
 
     def _results(self, store: ImageStore | None, no_store_reason: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Judges and scores the drawn images; returns the contents of `results.json`, and pictures by file name."""
@@ -202,9 +215,11 @@ class Evaluator:
                 "class": type(self.pipeline).__name__,
                 "weights_sha256": self.settings["weights_sha256"],
                 "num_parameters": sum(weight.numel() for model in self._networks for weight in model.parameters()),
-                "data_sha256": self.data_sha256,
+                "label_names": None if self.vocabulary is None else list(self.vocabulary.names),
+                "data_sha256": self.facts["data_sha256"],
+                "trained_on_held_out": None if self.facts["split"] is None else self.facts["split"] == "all",
             },
-            "settings": {key: value for key, value in self.settings.items() if key != "protocols"}
+            "settings": {key: value for key, value in self.settings.items() if key not in ("protocols", "label_names")}
             | {
                 "judges": {
                     name: {
@@ -215,7 +230,8 @@ class Evaluator:
                     for name, judge in self.judges.items()
                 }
             },
-            "quick": any(part["quick"] for part in protocols.values()),
+            # The labels of held-out images come as often as there, however few these are.
+            "quick": any(part["quick"] for name, part in protocols.items() if name != MATCHED),
             "judges_used_in_training": self.judges_used_in_training,
             "protocols": protocols,
         }
@@ -243,15 +259,13 @@ class Evaluator:
         logits: dict[tuple[str, str], Tensor] = {}
         features: dict[tuple[str, str], Tensor] = {}
         pixel_values: dict[str, np.ndarray] = {}
-        batches = tqdm(self.drawings.batches(), desc="Judging", unit="batch", disable=not self.state.is_main_process)
-        for units, images, _ in batches:
+        for units, images, _ in tqdm(self.drawings.batches(self._is_wanted), desc="Judging", unit="batch"):
             rows: dict[str, tuple[list[int], list[int]]] = {}
             for row, unit in enumerate(units):
-                if unit.protocol in self.protocols and unit.replicate < self.num_seeds[unit.protocol]:
-                    here, there = rows.setdefault(unit.protocol, ([], []))
-                    here.append(row)
-                    there.append(unit.position * self.num_seeds[unit.protocol] + unit.replicate)
-            for judge_name, judge in self.judges.items() if rows else ():
+                here, there = rows.setdefault(unit.protocol, ([], []))
+                here.append(row)
+                there.append(unit.position * self.num_seeds[unit.protocol] + unit.replicate)
+            for judge_name, judge in self.judges.items():
                 reading = read_images(judge, images, batch_size=self.micro_batch_size)
                 for name, (here, there) in rows.items():
                     num_images = len(self.protocols[name]) * self.num_seeds[name]
@@ -275,8 +289,8 @@ class Evaluator:
         class_labels = self.pipeline.encode_labels(protocol.conditions).cpu()
         num_seeds = self.num_seeds[protocol.name]
         seen = None
-        if self.training_conditions is not None:
-            known = {frozenset(labels) for labels in self.training_conditions}
+        if self.facts["conditions"] is not None:
+            known = {frozenset(labels) for labels in self.facts["conditions"]}
             seen = torch.tensor([frozenset(labels) in known for labels in protocol.conditions])
         num_objects = class_labels.sum(dim=1).long().numpy()
         judges = {}
@@ -325,12 +339,12 @@ class Evaluator:
         if reference.num_compared < MIN_COMPARED:
             reason = f"{reference.num_compared} held-out images have labels that training images have too"
             return {"missing": f"only {reason}, and {MIN_COMPARED} are needed"}, {}
-        trained_on_these = None if self.data_sha256 is None else self.data_sha256 == reference.store.sha256
-        distribution, nearest = reference.distribution(
-            pixel_values[MATCHED], readings[MATCHED], trained_on_these=trained_on_these
-        )
+        trained_on = None
+        if self.facts["data_sha256"] == reference.store.sha256:
+            trained_on = self.facts["split"] or "train"
+        distribution, nearest = reference.distribution(pixel_values[MATCHED], readings[MATCHED], trained_on=trained_on)
         if self.vocabulary is not None:
-            names = list(pixel_values)
+            names = sorted(pixel_values)  # so that sums do not depend on the order in which they were drawn
             conditions = [
                 frozenset(labels)
                 for name in names
@@ -353,6 +367,7 @@ class Evaluator:
 
         cost = measure_cost(draw, self._networks, batch_size=self.micro_batch_size)
         return cost | {
+            "machine": self._environment["machine"],
             "device": self.pipeline.device.type,
             "dtype": self.settings["dtype"],
             "num_threads": torch.get_num_threads(),
@@ -368,9 +383,10 @@ class Evaluator:
         if hasattr(self.pipeline, "scheduler"):
             scheduler = json.loads(self.pipeline.scheduler.to_json_string())
             scheduler.pop("_diffusers_version", None)
-        return {
+        settings = {
             "class": type(self.pipeline).__name__,
             "weights_sha256": weights_sha256(*self._networks),
+            "label_names": None if self.vocabulary is None else self.vocabulary.names,
             "options": self.options,
             "scheduler": scheduler,
             "micro_batch_size": self.micro_batch_size,
@@ -380,20 +396,18 @@ class Evaluator:
             "image_seeds": "first 63 bits of SHA-256 of [protocol, sorted labels, replicate] as JSON; noise drawn on the"
             " CPU in float32",
         }
+        return json.loads(json.dumps(settings))  # as it is read again: tuples are lists
 
     def _with_defaults(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Checks the options of the pipeline's call, and adds those for which the pipeline has a default of its own."""
-        accepted = inspect.signature(type(self.pipeline).__call__).parameters
-        config = self.pipeline.config
-        own = {name: config[f"default_{name}"] for name in accepted if f"default_{name}" in config}
-        if self.vocabulary is None:
-            own.pop("guidance_scale", None)  # there is nothing to guide towards
-        if unknown := sorted(set(options) - set(accepted)):
+        if own_business := sorted(set(options) & RESERVED_OPTIONS):
             raise ValueError(
-                f"`options` must be arguments of {type(self.pipeline).__name__}'s call, got {', '.join(unknown)}; leave"
-                " out what this kind of pipeline does not have."
+                f"`options` must leave out what the evaluation decides itself, got {', '.join(own_business)}."
             )
-        return own | dict(options)
+        completed = call_options(self.pipeline, options)
+        if self.vocabulary is None and "guidance_scale" not in options:
+            completed.pop("guidance_scale", None)  # there is nothing to guide towards
+        return completed
 
     def _check_protocols(self) -> None:
         if self.vocabulary is None:
@@ -410,16 +424,76 @@ class Evaluator:
                 raise ValueError(f"`protocols`, {name}: {error}") from None
 
     def _check_judges(self, judges: Mapping[str, nn.Module]) -> None:
-        names = next(iter(judges.values())).config.label_names if self.vocabulary is None else self.vocabulary.names
         sizes = [getattr(getattr(model, "config", None), "sample_size", None) for model in self._networks]
         size = next((size for size in sizes if size is not None), None)
         for name, judge in judges.items():
-            check_judge_labels(judge, names, name=f"`judges[{name!r}]`")
+            if self.vocabulary is not None:
+                check_judge_labels(judge, self.vocabulary.names, name=f"`judges[{name!r}]`")
             if size is not None and judge.config.image_size != size:
                 raise ValueError(
                     f"`judges[{name!r}]` must judge {size}-pixel images like the pipeline's, but takes"
                     f" {judge.config.image_size}; train a judge at that size."
                 )
+
+    def _check_training_conditions(self, conditions: Sequence[Sequence[str]] | None) -> None:
+        if conditions is not None and self.vocabulary is not None:
+            try:
+                self.vocabulary.encode(conditions)
+            except ValueError as error:
+                raise ValueError(f"`training_facts`, conditions: {error}") from None
+
+    def _check_store(self, store: ImageStore | None) -> None:
+        """Refuses real images that cannot be compared with, before anything is drawn."""
+        matched = self.protocols.get(MATCHED)
+        if self.inception is not None and (store is None or matched is None):
+            raise ValueError(f"`inception` needs real images and the protocol {MATCHED!r}, whose images are compared.")
+        if store is None:
+            return
+        if self.vocabulary is not None and store.vocabulary != self.vocabulary:
+            raise ValueError("`store` must have the labels of the pipeline, in the same order; it has others.")
+        for name, judge in self.judges.items():
+            check_judge_labels(judge, store.vocabulary.names, name=f"`judges[{name!r}]`")
+            size = judge.config.image_size
+            if store.pixel_values.shape[2:] != (size, size):
+                raise ValueError(
+                    f"`store` must hold images of {size}x{size} pixels, as judge {name!r} takes them, got"
+                    f" {store.pixel_values.shape[2:]}; open it with `resolution={size}`."
+                )
+        if matched is not None and matched.sha256 != matched_protocol(store).sha256:
+            raise ValueError(
+                f"`store` must be the images that the protocol {MATCHED!r} was made from; make it anew with"
+                " `matched_protocol(store)`."
+            )
+
+    def _check_images(self, images: Any, num_images: int) -> None:  # noqa: ANN401 -- whatever a pipeline returns
+        """Refuses what judges could not read, or would read as something else, with the first batch that is drawn."""
+        size = next(iter(self.judges.values())).config.image_size
+        expected = (num_images, size, size, 3)
+        if not isinstance(images, np.ndarray) or images.shape != expected or images.dtype.kind != "f":
+            got = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
+            raise ValueError(
+                f"`pipeline` must give images as an array of floats {expected} for output_type 'np', got {got}."
+            )
+        if not np.isfinite(images).all():
+            raise ValueError("The pipeline drew images that are not finite; check its weights, or use dtype float32.")
+        low, high = images.min(), images.max()
+        if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+            raise ValueError(f"`pipeline` must give images in [0, 1] for output_type 'np', got [{low:g}, {high:g}].")
+
+    @contextmanager
+    def _locked_folder(self) -> Iterator[None]:
+        """Keeps other evaluations out of the folder as long as this one writes there."""
+        if not self.state.is_main_process:
+            yield
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.output_dir / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise ValueError(
+                f"`output_dir` {self.output_dir} is being written by another evaluation; wait for it, or take another."
+            ) from None
 
     def _check_output_dir(self) -> None:
         """Refuses a folder of another way of drawing; one with other protocols will do, if none has the same name."""
@@ -457,8 +531,12 @@ class Evaluator:
         return [part[start : start + size] for part in pending for start in range(0, len(part), size)]
 
     def _has_strip(self, unit: Unit) -> bool:
-        takes_states = "num_states" in inspect.signature(type(self.pipeline).__call__).parameters
-        return takes_states and unit.protocol != MATCHED and unit.replicate == 0 and unit.position < NUM_PICTURED
+        return (
+            takes(self.pipeline, "num_states")
+            and unit.protocol != MATCHED
+            and unit.replicate == 0
+            and unit.position < NUM_PICTURED
+        )
 
     def _draw_batch(self, batch: list[Unit]) -> None:
         conditions = [self.protocols[unit.protocol].conditions[unit.position] for unit in batch]
@@ -470,9 +548,9 @@ class Evaluator:
         begin = time.perf_counter()
         output = self._call(conditions, seeds, micro_batch_size=self.micro_batch_size, **states)
         seconds = time.perf_counter() - begin
-        if not np.isfinite(output.images).all():
-            raise ValueError("The pipeline drew images that are not finite; check its weights, or use dtype float32.")
-        pixel_values = _to_uint8(output.images)
+        images = getattr(output, "images", output)
+        self._check_images(images, len(batch))
+        pixel_values = _to_uint8(images)
         if keeps_states:
             for row, unit in enumerate(batch):
                 way = [_to_uint8(state[row]) for state in output.states] + [pixel_values[row]]
@@ -535,6 +613,9 @@ class Evaluator:
     def _is_wanted(self, unit: Unit) -> bool:
         return unit.protocol in self.protocols and unit.replicate < self.num_seeds[unit.protocol]
 
+    def _is_pictured(self, unit: Unit) -> bool:
+        return unit.protocol in self.protocols and unit.replicate == 0 and unit.position < NUM_PICTURED
+
     def _write_records(self, readings: Mapping[str, Mapping[str, Reading]]) -> None:
         """Writes `records.parquet`: a row an image with its condition, its seed and each judge's logits."""
         tables = []
@@ -564,10 +645,9 @@ class Evaluator:
     def _pictures(self) -> dict[str, tuple[Image.Image, dict[str, Any]]]:
         """Lays out grids and strips, and single images, of the first image of each protocol's first conditions."""
         images: dict[Unit, Image.Image] = {}
-        for units, pixel_values, _ in self.drawings.batches():
-            for row, unit in enumerate(units):
-                if unit.protocol in self.protocols and unit.replicate == 0 and unit.position < NUM_PICTURED:
-                    images[unit] = Image.fromarray(pixel_values[row].transpose(1, 2, 0))
+        for units, pixel_values, _ in self.drawings.batches(self._is_pictured):
+            for unit, image in zip(units, pixel_values, strict=True):
+                images[unit] = Image.fromarray(image.transpose(1, 2, 0))
         pictures: dict[str, tuple[Image.Image, dict[str, Any]]] = {}
         for name, protocol in self.protocols.items():
             conditions = [list(labels) for labels in protocol.conditions[:NUM_PICTURED]]
@@ -606,7 +686,7 @@ def _default_num_seeds(protocol: Protocol) -> int:
 
 
 def _to_uint8(images: np.ndarray) -> np.ndarray:
-    return (images * 255).round().astype(np.uint8)
+    return (images.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _open_image(file: Path) -> Image.Image:

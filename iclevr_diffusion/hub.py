@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
+import yaml
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
@@ -19,17 +20,21 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from iclevr_diffusion.card import describe_training, render_card
+from iclevr_diffusion.models.cgan import CGANEmbeddingGenerator, CGANGenerator
 from iclevr_diffusion.models.classifier import LabelClassifier
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+from iclevr_diffusion.models.dcgan import DCGANGenerator
+from iclevr_diffusion.models.sagan import SAGANGenerator
 from iclevr_diffusion.models.unet_multilabel import MultiLabelUNet2DModel
 from iclevr_diffusion.pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline
+from iclevr_diffusion.pipelines.pipeline_conditional_gan import ConditionalGANPipeline
 
 DEFAULT_PIPELINE = "conditional-ddpm-tiny-rendered"
 DEFAULT_JUDGES = ("judge-small", "judge-resnet18-half")
 
 # What a folder may ask for by name; beside these only diffusers' own schedulers.
-PIPELINE_CLASSES = (ConditionalDDPMPipeline,)
-MODEL_CLASSES = (MultiLabelUNet2DModel,)
+PIPELINE_CLASSES = (ConditionalDDPMPipeline, ConditionalGANPipeline)
+MODEL_CLASSES = (MultiLabelUNet2DModel, DCGANGenerator, SAGANGenerator, CGANGenerator, CGANEmbeddingGenerator)
 JUDGE_CLASSES = (LabelClassifier, SmallLabelClassifier)
 
 EXPORT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -114,8 +119,9 @@ def training_facts(path_or_repo: str | Path | None = None, *, revision: str | No
         revision: Branch, tag or commit of a hub's model.
 
     Returns:
-        `conditions`, the distinct label sets of the training images as a list of tuples of names, and `data_sha256`,
-        the fingerprint of the data set that they are a part of (`ImageStore.sha256`); None for what is not known.
+        `conditions`, the distinct label sets of the training images as a list of tuples of names; `data_sha256`, the
+        fingerprint of the data set that they are a part of (`ImageStore.sha256`); `split`, which part, where `all` held
+        nothing out; and `judge`, the name of the judge that scored the run on its way. None for what is not known.
 
     Raises:
         ValueError: If there is no such pipeline, or one of the files is not of the right form.
@@ -130,14 +136,23 @@ def training_facts(path_or_repo: str | Path | None = None, *, revision: str | No
     else:
         folder = folder.resolve().parent
         if not (folder / "config.yaml").is_file():  # whatever lies there is not a run's
-            return {"conditions": None, "data_sha256": None}
+            return {"conditions": None, "data_sha256": None, "split": None, "judge": None}
         record = folder / "data.json"
-        training = _data_of_run(folder)
+        training = _data_of_run(folder) | {
+            "config": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        }
     data_sha256 = training.get("data_sha256")
     is_hash = isinstance(data_sha256, str) and re.fullmatch("[0-9a-f]{64}", data_sha256)
     if data_sha256 is not None and not is_hash:
         raise ValueError(f"{record} must name the images by a SHA-256 of 64 digits, got {data_sha256!r:.100}.")
-    return {"conditions": _read_conditions(folder / "conditions.json"), "data_sha256": data_sha256}
+    config = training.get("config")
+    judge = config.get("judge") if isinstance(config, dict) else None
+    return {
+        "conditions": _read_conditions(folder / "conditions.json"),
+        "data_sha256": data_sha256,
+        "split": training.get("split"),
+        "judge": Path(judge).name if isinstance(judge, str) else None,
+    }
 
 
 def open_judge(path_or_repo: str | Path) -> LabelClassifier | SmallLabelClassifier:

@@ -1,6 +1,7 @@
 """Judges at work: they are opened, read images, and are themselves measured on images whose labels are known."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -62,9 +63,14 @@ def check_judge_labels(judge: nn.Module, label_names: Sequence[str], *, name: st
 
 
 def weights_sha256(*models: nn.Module) -> str:
-    """Hashes the parameters and buffers of models by name, type, shape and value, however their files are cut."""
+    """Hashes models: their configurations, and parameters and buffers by name, type, shape and value.
+
+    Two models of one hash give the same outputs, however their files are cut.
+    """
     digest = hashlib.sha256()
     for model in models:
+        config = {key: value for key, value in getattr(model, "config", {}).items() if not key.startswith("_")}
+        digest.update(f"{json.dumps(config, sort_keys=True)}\n".encode())
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -16,6 +16,7 @@ from iclevr_diffusion.leaderboard import Leaderboard, System, labels_protocols, 
 STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v")]
 CELL = 128  # pixels of an image in the grid
 POINT = 5  # half the width of a point, in the 1/72 inch of font sizes
+PLAIN = {"parse_math": False}  # names are no formulas, even with a $ on either side
 NEAR = 9  # so far a name stands from its point; further away, a line joins them
 
 
@@ -37,7 +38,7 @@ def plot_quality_against_speed(board: Leaderboard) -> Any:  # noqa: ANN401 -- ma
         axes.errorbar(
             speeds,
             value,
-            yerr=[value - low, high - value],
+            yerr=np.maximum([value - low, high - value], 0),  # a value may lie a little outside of its interval
             fmt=marker,
             color=color,
             markerfacecolor=color if number < len(STYLES) else "white",
@@ -55,11 +56,13 @@ def plot_quality_against_speed(board: Leaderboard) -> Any:  # noqa: ANN401 -- ma
     axes.set_xlim(10 ** math.floor(math.log10(min(speeds) / 1.5)), 10 ** math.ceil(math.log10(max(speeds) * 1.5)))
     axes.margins(y=0.1)
     axes.set_xlabel("images a second" + ("; only points of one shape compare" if len(machines) > 1 else ""))
-    axes.set_ylabel(f"top-k, {_lists(board.main_protocols)}, by {judge}")
+    axes.set_ylabel(f"top-k, {_lists(board.main_protocols)}, by {judge}", **PLAIN)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    legend = figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     _name_points(figure, axes, board, ceiling)
     return figure
 
@@ -93,7 +96,7 @@ def _name_points(figure: Any, axes: Any, board: Leaderboard, ceiling: float | No
     for name, speed, value in points:
         for x, y in _offsets():
             align = "center" if abs(x) < 1 else ("left" if x > 0 else "right")
-            place = {"xy": (speed, value), "xytext": (x, y), "textcoords": "offset points", "fontsize": 9}
+            place = {"xy": (speed, value), "xytext": (x, y), "textcoords": "offset points", "fontsize": 9} | PLAIN
             text = axes.annotate(name, ha=align, va="center", **place)
             box = text.get_window_extent()
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
@@ -120,13 +123,19 @@ def _offsets() -> list[tuple[float, float]]:
 
 def draw_labels(board: Leaderboard) -> Image.Image:
     """Draws for each system and label the share of images in which the ranking judge finds the label."""
+    return _to_image(plot_labels(board))
+
+
+def plot_labels(board: Leaderboard) -> Any:  # noqa: ANN401 -- matplotlib is imported late
+    """Makes the matplotlib figure of `draw_labels`."""
     labels, rows = top_k_by_label(board)
     values = np.array([[np.nan if value is None else value for value in row] for row in rows])
     figure = _make_figure(3 + 0.42 * len(labels), 2.2 + 0.42 * len(rows))
     axes = figure.add_subplot()
     picture = axes.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=9)
-    axes.set_yticks(range(len(rows)), [system.name for system in board.ranked], fontsize=9)
+    turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(labels)), labels, fontsize=9, **turned, **PLAIN)
+    axes.set_yticks(range(len(rows)), [system.name for system in board.ranked], fontsize=9, **PLAIN)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     for row, column in np.argwhere(~np.isnan(values)):
@@ -134,8 +143,9 @@ def draw_labels(board: Leaderboard) -> Image.Image:
         text = f"{value:.2f}".removeprefix("0")
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if value > 0.5 else "white")
     lists = " and ".join(labels_protocols(board))
-    figure.colorbar(picture, label=f"top-k, {lists}\nby {board.judges[0]}", fraction=0.03, pad=0.01)
-    return _to_image(figure)
+    bar = figure.colorbar(picture, fraction=0.03, pad=0.01)
+    bar.set_label(f"top-k, {lists}\nby {board.judges[0]}", **PLAIN)
+    return figure
 
 
 def open_samples(board: Leaderboard) -> tuple[list[str], dict[str, Image.Image], list[str]]:
@@ -175,7 +185,9 @@ def _read_labels(picture: Image.Image, system: System) -> list[list[str]]:
         labels = json.loads(picture.info["labels"])
     except (KeyError, ValueError):
         labels = None
-    if not isinstance(labels, list) or not labels or picture.size[0] != picture.size[1] * len(labels):
+    is_list = isinstance(labels, list) and all(isinstance(row, list) for row in labels)
+    is_text = is_list and all(isinstance(label, str) for row in labels for label in row)
+    if not labels or not is_text or picture.size[0] != picture.size[1] * len(labels):
         raise ValueError(
             f"{system.samples} must be square images side by side, with their labels as JSON in the text entry"
             " `labels`; run iclevr-evaluate again to write it."

@@ -3,15 +3,18 @@
 import csv
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from iclevr_diffusion.leaderboard import MEAN, METRICS, Leaderboard, System
+from iclevr_diffusion.leaderboard import MATCHED, MEAN, METRICS, Leaderboard, System
 
 REAL = "real images, held out"
-DAGGER = "†"
+HELD_OUT = "held-out"  # the protocol that tells nothing of a system that was trained on its label sets
+DAGGER, DOUBLE_DAGGER = "†", "‡"
 DISTANCES = {
     "frechet_distance": "Frechet distance",
     "kernel_distance": "kernel distance",
@@ -20,7 +23,8 @@ DISTANCES = {
     "density": "density",
     "coverage": "coverage",
 }
-DIVERSITY = ("distribution", "diversity", "judges")
+INCEPTION = {"fid": "FID", "kid": "KID"}
+DIVERSITY = ("distribution", "diversity", "pixels")  # in a judge's features wrong objects count as diversity
 COSTS = ("images_per_second", "seconds_for_one_image", "network_calls_per_image", "num_parameters")
 PICTURES = {  # the files beside the Markdown, and what they show
     "quality_against_speed.png": "Top-k of each system against the images it draws in a second",
@@ -38,12 +42,14 @@ class _Column:
         values: A number, an estimate or a text for each system; None where it is not known.
         real: The same for real images.
         write: Writes a number out.
+        apart: Rows whose number is not to be held against the others', and is marked.
     """
 
     title: str
     values: Sequence[Any]
     real: Any = None
     write: Callable[[float], str] = "{:.3f}".format
+    apart: frozenset[int] = frozenset()
 
     def cell(self, value: Any) -> str:  # noqa: ANN401 -- what `values` hold
         """Writes a value out, an estimate with its interval."""
@@ -56,32 +62,42 @@ class _Column:
         return value if isinstance(value, str) else self.write(value)
 
     def best(self, rows: Sequence[int]) -> int | None:
-        """Finds the row whose estimate is above all others of `rows`, and its interval too; None if there is none."""
-        known = [row for row in rows if isinstance(self.values[row], Mapping) and self.values[row]["low"] is not None]
-        known.sort(key=lambda row: -self.values[row]["value"])
-        if len(known) < 2:
+        """Finds the row whose interval is above those of all others of `rows`; None if there is none.
+
+        An estimate without an interval is no best one, but a rival by its value.
+        """
+        found = {row: self.values[row] for row in rows if row not in self.apart}
+        found = {row: one for row, one in found.items() if isinstance(one, Mapping) and one["value"] is not None}
+        if len(found) < 2:
             return None
-        rivals = max(self.values[row]["high"] for row in known[1:])
-        return known[0] if self.values[known[0]]["low"] > rivals else None
+        first, *others = sorted(found, key=lambda row: -found[row]["value"])
+        highest = max(found[row]["value"] if found[row]["high"] is None else found[row]["high"] for row in others)
+        low = found[first]["low"]
+        return first if low is not None and low > highest else None
 
 
 def _table(systems: Sequence[System], columns: Sequence[_Column], judge: str | None = None) -> str:
     """Lays columns out as a Markdown table; the systems that `judge` taught are marked and never best."""
     taught = [judge is not None and system.is_taught_by(judge) for system in systems]
     best = [column.best([row for row, marked in enumerate(taught) if not marked]) for column in columns]
-    lines = ["| system | " + " | ".join(column.title for column in columns) + " |"]
-    lines.append("|---|" + "---:|" * len(columns))
+    lines = [_row(["system", *(column.title for column in columns)]), "|---|" + "---:|" * len(columns)]
     if any(column.real is not None for column in columns):
-        lines.append(f"| *{REAL}* | " + " | ".join(column.cell(column.real) for column in columns) + " |")
+        lines.append(_row([f"*{REAL}*", *(column.cell(column.real) for column in columns)]))
     for row, system in enumerate(systems):
         cells = [column.cell(column.values[row]) for column in columns]
         cells = [f"**{cell}**" if best[place] == row else cell for place, cell in enumerate(cells)]
-        lines.append(f"| {_escape(system.name)}{DAGGER * taught[row]} | {' | '.join(cells)} |")
+        cells = [cell + DOUBLE_DAGGER * (row in column.apart) for cell, column in zip(cells, columns, strict=True)]
+        lines.append(_row([system.name + DAGGER * taught[row], *cells]))
     return "\n".join(lines)
 
 
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_escape, cells))} |"
+
+
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
+    """Keeps what a file says from ending a cell or a line, and from being read as a formula."""
+    return re.sub(r"([|$])", r"\\\1", " ".join(text.split()))
 
 
 def _top_k_columns(board: Leaderboard, judge: str, lists: Sequence[Sequence[str]]) -> list[_Column]:
@@ -90,9 +106,35 @@ def _top_k_columns(board: Leaderboard, judge: str, lists: Sequence[Sequence[str]
             "top-k, mean" if len(names) > 1 else f"top-k, {names[0]}",
             [system.scores(names, judge)["top_k"] for system in board.ranked],
             board.ceiling(names, judge).get("top_k"),
+            apart=_trained_on(board, names),
         )
         for names in lists
     ]
+
+
+def _trained_on(board: Leaderboard, protocols: Sequence[str]) -> frozenset[int]:
+    """Finds the rows of systems that were trained on what others had held out."""
+    if HELD_OUT not in protocols:
+        return frozenset()
+    return frozenset(row for row, system in enumerate(board.ranked) if system.has_seen(HELD_OUT))
+
+
+def _seen_notes(board: Leaderboard, protocols: Sequence[str]) -> list[str]:
+    if not _trained_on(board, protocols):
+        return []
+    return [
+        f"{DOUBLE_DAGGER} This system was trained on some of the label sets of `{HELD_OUT}`: it shows there what it was"
+        " taught, and is not held against systems that were trained without them."
+    ]
+
+
+def _notes(board: Leaderboard) -> list[str]:
+    """Says what concerns all tables of a leaderboard."""
+    notes = _seen_notes(board, board.protocols)
+    if board.differing:
+        lists = ", ".join(f"`{_escape(name)}`" for name in board.differing)
+        notes.append(f"Not shown, as their conditions differ from system to system: {lists}.")
+    return notes
 
 
 def _main_columns(board: Leaderboard, judge: str) -> list[_Column]:
@@ -107,6 +149,7 @@ def _exact_match_column(board: Leaderboard, judge: str) -> _Column:
         "exact match",
         [system.scores(board.main_protocols, judge)["exact_match"] for system in board.ranked],
         board.ceiling(board.main_protocols, judge).get("exact_match"),
+        apart=_trained_on(board, board.main_protocols),
     )
 
 
@@ -114,11 +157,16 @@ def _quality_columns(board: Leaderboard, judge: str) -> list[_Column]:
     precision = [system.scores(board.main_protocols, judge)["precision"] for system in board.ranked]
     distances = ("distribution", "judges", judge)
     frechet = [system.find(*distances, "generated", "frechet_distance") for system in board.ranked]
-    diversity = [system.find(*DIVERSITY, judge, "value") for system in board.ranked]
+    diversity = [system.find(*DIVERSITY, "value") for system in board.ranked]
     columns = [
         *_main_columns(board, judge),
         _exact_match_column(board, judge),
-        _Column("precision", precision, board.find("held_out_images", "judges", judge, "precision")),
+        _Column(
+            "precision",
+            precision,
+            board.find("held_out_images", "judges", judge, "precision"),
+            apart=_trained_on(board, board.main_protocols),
+        ),
         *_top_k_columns(board, judge, [(name,) for name in board.protocols if name not in board.main_protocols]),
         _Column("Frechet distance", frechet, board.find(*distances, "real", "frechet_distance"), _three_digits),
     ]
@@ -127,8 +175,19 @@ def _quality_columns(board: Leaderboard, judge: str) -> list[_Column]:
 
 def _compares_diversity(board: Leaderboard) -> bool:
     """Says whether the relative diversities are of the same conditions and real images, which follow what was drawn."""
-    found = [system.find(*DIVERSITY, board.judges[0]) for system in board.ranked]
+    found = [system.find(*DIVERSITY) for system in board.ranked]
     return len({(part.get("num_conditions"), part.get("num_real")) for part in found if part}) < 2
+
+
+def _inception_columns(systems: Sequence[System]) -> list[_Column]:
+    """Makes the columns of standard FID and KID, where they are known of every system."""
+    found = [system.find("distribution", "inception") for system in systems]
+    if not all(found):
+        return []
+    return [
+        _Column(title, [part["generated"][name] for part in found], found[0]["real"][name], _three_digits)
+        for name, title in INCEPTION.items()
+    ]
 
 
 def _cost_columns(board: Leaderboard, systems: Sequence[System]) -> list[_Column]:
@@ -155,7 +214,7 @@ def _machine_mark(board: Leaderboard, system: System) -> str:
 def _machine_note(board: Leaderboard, systems: Sequence[System]) -> str:
     places = dict.fromkeys(f"{_machine_mark(board, system)} {system.measured_on}".strip() for system in systems)
     apart = ", and compare only where the letter is the same" if len(places) > 1 else ""
-    return f"Speeds were measured on{apart}: {'; '.join(places)}."
+    return f"Speeds were measured on{apart}: {_escape('; '.join(places))}."
 
 
 def _three_digits(number: float) -> str:
@@ -171,7 +230,7 @@ def render_markdown(board: Leaderboard, folder: Path, notes: Sequence[str] = ())
         notes: Further sentences to be said, such as that a picture lacks a system.
     """
     leading, *others = board.judges
-    lists = " and ".join(f"`{name}`" for name in board.main_protocols)
+    lists = _lists(board)
     over = f"means over {lists}" if len(board.main_protocols) > 1 else f"those of {lists}"
     paragraphs = [
         f"<!-- inputs_sha256: {board.inputs_sha256} -->\n\n# Leaderboard",
@@ -179,32 +238,61 @@ def render_markdown(board: Leaderboard, folder: Path, notes: Sequence[str] = ())
         " among the judge's k highest outputs. **Exact match**: the images in which the judge sees the objects asked"
         f" for and no other. **Precision**: of the objects that it sees, the share asked for. Both are {over}. In"
         " brackets stand 95 % intervals; a number in bold is the best of its column where its interval lies above those"
-        " of all others.",
+        " of all others, rows and numbers with a mark aside.",
         "The first row is what the judge makes of real held-out images, in top-k and exact match of images with as many"
         " objects as the list asks for; a system above it suits the judge, and does not draw better than reality."
-        " **Frechet distance** is one in this judge's features, which compares with no other judge's and with no FID;"
-        " its first row is that of other real images. **Relative diversity** is 1 where images of one condition differ"
-        " as real ones do.",
-        f"## As {leading} sees it",
+        " **Frechet distance** is one in this judge's features, which compares with no other judge's and with no FID"
+        " (one in the features of Inception, shown where it was measured for every system);"
+        " its first row is that of other real images. **Relative diversity** is 1 where the pixels of images of one"
+        " condition differ as those of real ones do.",
+        f"## As {_escape(leading)} sees it",
         f"In the order of this judge's top-k on {lists}. It taught none of the systems.",
-        _table(board.ranked, _quality_columns(board, leading) + _cost_columns(board, board.ranked)),
+        _main_table(board),
         _machine_note(board, board.ranked),
+        *_notes(board),
     ]
     if not _compares_diversity(board):
         paragraphs.append("Relative diversities are not shown: the systems have drawn other conditions for them.")
-    if board.quick:
-        paragraphs.append(f"Left out, as they drew too few images (quick): {', '.join(board.quick)}.")
-    paragraphs += notes
+    if board.left_out:
+        reasons = (f"{_escape(name)} {reason}" for name, reason in board.left_out.items())
+        paragraphs.append(f"Left out: {'; '.join(reasons)}.")
+    paragraphs += map(_escape, notes)
     for judge in others:
-        paragraphs += [f"## As {judge} sees it", _table(board.ranked, _quality_columns(board, judge), judge)]
+        paragraphs += [f"## As {_escape(judge)} sees it", _table(board.ranked, _quality_columns(board, judge), judge)]
         if any(system.is_taught_by(judge) for system in board.ranked):
-            paragraphs.append(f"{DAGGER} {judge} had a part in this system's training: the score is not independent.")
+            paragraphs.append(
+                f"{DAGGER} {_escape(judge)} had a part in this system's training: the score is not independent."
+            )
     paragraphs += [f"## {text}\n\n![{text}]({name})" for name, text in PICTURES.items()]
+    for other in board.others:
+        paragraphs += [
+            f"## Systems of other labels: {_escape(_labels(other))}",
+            f"In the order of {_escape(other.judges[0])}'s top-k on {_lists(other)}. It taught none of these systems.",
+            _main_table(other),
+            _machine_note(other, other.ranked),
+            *_notes(other),
+        ]
     if board.without_labels:
         paragraphs += ["## Systems that are not told what to draw", _table_without_labels(board)]
         paragraphs.append(_machine_note(board, board.without_labels))
     paragraphs += ["## How the numbers were made", _origins(board, folder)]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _main_table(board: Leaderboard) -> str:
+    """Makes the table of all numbers, as the judge that ranks sees them."""
+    columns = _quality_columns(board, board.judges[0]) + _inception_columns(board.ranked)
+    return _table(board.ranked, columns + _cost_columns(board, board.ranked))
+
+
+def _lists(board: Leaderboard) -> str:
+    return " and ".join(f"`{_escape(name)}`" for name in board.main_protocols)
+
+
+def _labels(board: Leaderboard) -> str:
+    """Names the labels of a leaderboard by the first three."""
+    names = board.label_names
+    return ", ".join(names[:3]) + (f", ... ({len(names)} labels)" if len(names) > 3 else "")
 
 
 def render_summary(board: Leaderboard, folder: str) -> str:
@@ -223,11 +311,14 @@ def render_summary(board: Leaderboard, folder: str) -> str:
         if column.title in ("images/s", "network calls an image")
     ]
     plot, text = next(iter(PICTURES.items()))
+    folder = quote(folder)
     return "\n\n".join(
         [
             _table(board.ranked, columns),
-            f"As {judge} sees it, which taught none of the systems; 95 % intervals in brackets. {_machine_note(board, board.ranked)} By"
-            f" other judges, on other lists, by label, and as images: [the leaderboard]({folder}/leaderboard.md).",
+            *_seen_notes(board, board.main_protocols),
+            f"As {_escape(judge)} sees it, which taught none of the systems; 95 % intervals in brackets."
+            f" {_machine_note(board, board.ranked)} By other judges, on other lists, by label, and as images:"
+            f" [the leaderboard]({folder}/leaderboard.md).",
             f"![{text}]({folder}/{plot})",
         ]
     )
@@ -236,16 +327,18 @@ def render_summary(board: Leaderboard, folder: str) -> str:
 def _table_without_labels(board: Leaderboard) -> str:
     """Makes a row for each judge of each system, after a row for each judge of other real images."""
     rows, real = [], {}
+    others = _inception_columns(board.without_labels)
     costs = _cost_columns(board, board.without_labels)
     for place, system in enumerate(board.without_labels):
-        cost = [column.cell(column.values[place]) for column in costs]
+        known = [column.cell(column.values[place]) for column in others + costs]
         for judge, found in (system.find("distribution", "judges") or {"-": {}}).items():
-            rows.append([_escape(system.name), judge, *_distances(found.get("generated", {})), *cost])
+            rows.append([system.name, judge, *_distances(found.get("generated", {})), *known])
             if "real" in found:
-                real[judge] = [f"*{REAL}*", judge, *_distances(found["real"]), *([""] * len(cost))]
-    titles = ["system", "judge", *DISTANCES.values(), *(column.title for column in costs)]
+                reached = [column.cell(column.real) for column in others]
+                real[judge] = [f"*{REAL}*", judge, *_distances(found["real"]), *reached, *([""] * len(costs))]
+    titles = ["system", "judge", *DISTANCES.values(), *(column.title for column in others + costs)]
     lines = [titles, ["---", "---", *["---:"] * (len(titles) - 2)], *real.values(), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(map(_row, lines))
 
 
 def _distances(found: Mapping[str, float]) -> list[str]:
@@ -258,13 +351,13 @@ def _origins(board: Leaderboard, folder: Path) -> str:
         "| system | class | weights | called with | images | speed measured with | commit |",
         "|---|---|---|---|---|---|---|",
     ]
-    for system in board.ranked + board.without_labels:
+    for system in (*_ranked_by_any(board), *board.without_labels):
         results, cost = system.results, system.results["cost"]
         called = ", ".join(f"{name} {value}" for name, value in results["settings"]["options"].items())
         images = ", ".join(f"{name} {part['num_images']:,}" for name, part in results["protocols"].items())
-        link = Path(os.path.relpath(system.path, folder)).as_posix()
+        link = quote(Path(os.path.relpath(system.path, folder)).as_posix())
         cells = [
-            f"[{_escape(system.name)}]({link})",
+            f"[{system.name}]({link})",
             results["pipeline"]["class"],
             results["pipeline"]["weights_sha256"][:12],
             called or "-",
@@ -272,8 +365,12 @@ def _origins(board: Leaderboard, folder: Path) -> str:
             f"batches of {cost['batch_size']}, {cost['dtype']}",
             _short_commit(results["environment"]["git_commit"]),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(_row(cells))
     return "\n".join(lines)
+
+
+def _ranked_by_any(board: Leaderboard) -> list[System]:
+    return [system for one in (board, *board.others) for system in one.ranked]
 
 
 def _short_commit(commit: str | None) -> str:
@@ -292,21 +389,26 @@ def render_csv(board: Leaderboard) -> str:
         writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
 
     write("system", "judge", "judge_taught_it", "protocol", "part", "metric", "value", "low", "high")
-    for judge in board.judges:
-        for row in _ceilings(board, judge):
-            write(REAL, judge, "", *row)
-    for system in board.ranked + board.without_labels:
-        for judge in board.judges if system in board.ranked else ():
-            for row in _scores(board, system, judge):
-                write(system.name, judge, system.is_taught_by(judge), *row)
-            if _compares_diversity(board) and (found := system.find(*DIVERSITY, judge)):
-                part = (system.name, judge, system.is_taught_by(judge), "", "diversity", "relative_diversity")
-                write(*part, found["value"], "", "")
+    for one in (board, *board.others):
+        real = REAL if one is board else f"{REAL}: {_labels(one)}"
+        for judge in one.judges:
+            for row in _ceilings(one, judge):
+                write(real, judge, "", *row)
+        for system in one.ranked:
+            for judge in one.judges:
+                for row in _scores(one, system, judge):
+                    write(system.name, judge, system.is_taught_by(judge), *row)
+            if _compares_diversity(one) and (found := system.find(*DIVERSITY)):
+                write(system.name, "", "", "", "diversity", "relative_diversity", found["value"], "", "")
+    for system in (*_ranked_by_any(board), *board.without_labels):
         for judge, found in (system.find("distribution", "judges") or {}).items():
             taught = system.is_taught_by(judge)
             for part, distances in found.items():
                 for name in DISTANCES:
-                    write(system.name, judge, taught, "matched", part, name, distances.get(name), "", "")
+                    write(system.name, judge, taught, MATCHED, part, name, distances.get(name), "", "")
+        for part, distances in (system.find("distribution", "inception") or {}).items():
+            for name in INCEPTION:
+                write(system.name, "", "", MATCHED, part, name, distances[name], "", "")
         for name in COSTS:
             write(system.name, "", "", "", system.measured_on, name, system.results["cost"][name], "", "")
     return file.getvalue()

@@ -72,7 +72,8 @@ def open_protocol(
     Raises:
         FileNotFoundError: If it is neither a name nor a file.
         ValueError: If the protocol does not fit the vocabulary, the training conditions that it needs are not known or
-            leave nothing unseen, or the file holds an empty or repeated condition, or no list of conditions.
+            leave nothing unseen, or the file holds an empty or repeated condition, or no list of conditions, or has
+            the name of one of `PROTOCOLS` and other conditions.
     """
     if name_or_path in ("test", "new_test", "held-out"):
         conditions = _packaged_conditions(name_or_path, vocabulary)
@@ -84,10 +85,32 @@ def open_protocol(
     elif name_or_path == "crowded":
         conditions, resampled = _crowded_conditions(vocabulary), "conditions"
     else:
-        conditions = _read_conditions(Path(name_or_path), vocabulary)
+        path = Path(name_or_path)
+        conditions = _read_conditions(path, vocabulary)
+        if path.stem in PROTOCOLS:
+            return _same_protocol(path, conditions, vocabulary, training_conditions)
         resampled = "replicates" if len(conditions) < _FEW_CONDITIONS else "conditions"
-        name_or_path = Path(name_or_path).stem
+        name_or_path = path.stem
     return Protocol(name_or_path, tuple(map(tuple, conditions)), resampled)
+
+
+def _same_protocol(
+    path: Path,
+    conditions: Sequence[Sequence[str]],
+    vocabulary: LabelVocabulary,
+    training_conditions: Sequence[Sequence[str]] | None,
+) -> Protocol:
+    """Opens the protocol that a file is named after; other conditions under its name would pass for its own."""
+    try:
+        protocol = open_protocol(path.stem, vocabulary, training_conditions=training_conditions)
+    except ValueError:  # a name that means nothing here, such as `test` for other labels than i-CLEVR's
+        protocol = None
+    if protocol is None or protocol.conditions != tuple(map(tuple, conditions)):
+        raise ValueError(
+            f"{path} must hold the conditions of the protocol {path.stem!r} in their order, and holds others; give the"
+            " file another name."
+        )
+    return protocol
 
 
 def matched_protocol(store: ImageStore) -> Protocol:

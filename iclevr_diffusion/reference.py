@@ -16,6 +16,7 @@ from iclevr_diffusion.judging import Reading, read_images
 from iclevr_diffusion.scores import score_images
 
 MIN_COMPARED = 20  # images, below which a distribution is not worth comparing
+MAX_ALIKE = 8  # real images of one condition, chosen by lot, whose differences stand for those of all
 NUM_NEAREST = 16  # pairs on the sheet of the images that lie closest to a training image
 
 
@@ -59,15 +60,15 @@ class Reference:
         return int((self.stand_ins >= 0).sum())
 
     def distribution(
-        self, pixel_values: np.ndarray, readings: Mapping[str, Reading], *, trained_on_these: bool | None
+        self, pixel_values: np.ndarray, readings: Mapping[str, Reading], *, trained_on: str | None
     ) -> tuple[dict[str, Any], Image.Image]:
         """Compares images drawn for the held-out images' labels with the held-out images themselves.
 
         Args:
             pixel_values: The drawn images, uint8 (N, 3, H, W).
             readings: What each judge makes of them.
-            trained_on_these: Whether the pipeline was trained on this store's train split; `None` is unknown. Where it
-                was not, that no training image is copied says little.
+            trained_on: The split of these images that the pipeline was trained on, `train` or `all`. Where it is None,
+                the training images are others or unknown, and that no image of the train split is copied says little.
 
         Returns:
             For each judge the distances in its features, beside those of as many training images with the same labels,
@@ -83,7 +84,7 @@ class Reference:
                 "generated": compare_features(real, readings[name].features[rows]),
                 "real": compare_features(real, self._read(judge, self.stand_ins[rows]).features),
             }
-        train = store.indices("train")
+        train = store.indices("all" if trained_on == "all" else "train")
         copies = memorisation(
             pixel_values, store.pixel_values[train], store.scenes[train], held_out=store.pixel_values[held_out]
         )
@@ -98,7 +99,7 @@ class Reference:
             "num_generated": len(rows),
             "num_real": len(rows),
             "judges": judges,
-            "memorisation": copies | {"trained_on_these": trained_on_these},
+            "memorisation": copies | {"trained_on_these": trained_on is not None},
         }
         if self.inception is not None:
             real_pixels = store.pixel_values[held_out[rows]]
@@ -133,7 +134,7 @@ class Reference:
         names = np.array(store.vocabulary.names)
         wanted = {condition: number for number, condition in enumerate(dict.fromkeys(conditions))}
         numbers = np.array([wanted.get(frozenset(names[row > 0].tolist()), -1) for row in store.class_labels])
-        shown = np.flatnonzero(numbers >= 0)
+        shown = self._some_alike(numbers)
         real_conditions = torch.from_numpy(numbers[shown])
         drawn_conditions = torch.tensor([wanted[condition] for condition in conditions])
         found: dict[str, Any] = {
@@ -148,6 +149,15 @@ class Reference:
                 real_features, real_conditions, features[name], drawn_conditions
             )
         return found
+
+    @staticmethod
+    def _some_alike(numbers: np.ndarray) -> np.ndarray:
+        """Chooses images, at most `MAX_ALIKE` of one condition; `numbers` are the conditions, -1 is none."""
+        order = np.random.default_rng(0).permutation(len(numbers))
+        order = order[np.argsort(numbers[order], kind="stable")]
+        _, starts = np.unique(numbers[order], return_index=True)
+        rank = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
+        return np.sort(order[(numbers[order] >= 0) & (rank < MAX_ALIKE)])
 
     def _read(self, judge: nn.Module, indices: np.ndarray) -> Reading:
         return read_images(judge, self.store.pixel_values[indices])

@@ -10,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 import iclevr_diffusion
-from iclevr_diffusion.command_line import add_pipeline_arguments, open_pipeline
+from iclevr_diffusion.call_options import call_options, takes
+from iclevr_diffusion.command_line import SAMPLING_OPTIONS, add_pipeline_arguments, open_pipeline
 from iclevr_diffusion.hub import DEFAULT_PIPELINE
 from iclevr_diffusion.images import file_stem, make_grid, make_strip, save_png
 from iclevr_diffusion.labels import LabelVocabulary, read_label_lists
@@ -48,25 +49,16 @@ def draw(pipeline: DiffusionPipeline, label_lists: list[list[str]], args: argpar
     """Draws each list of labels `args.num_images_per_prompt` times and writes PNG files, grid and strips."""
     labels_of_image = [labels for labels in label_lists for _ in range(args.num_images_per_prompt)]
     seeds = [args.seed + i for i in range(len(labels_of_image))]
-    num_steps = args.num_inference_steps
-    if num_steps is None:
-        num_steps = pipeline.config.default_num_inference_steps
-    scale = pipeline.config.default_guidance_scale if args.guidance_scale is None else args.guidance_scale
-    output = pipeline(
-        labels_of_image,
-        seeds=seeds,
-        num_inference_steps=num_steps,
-        guidance_scale=scale,
-        micro_batch_size=min(args.micro_batch_size, len(seeds)),
-        num_states=min(10, num_steps) if args.strip else 0,
-    )
-    metadata: dict[str, Any] = {
-        "model": args.pipeline or DEFAULT_PIPELINE,
-        "num_inference_steps": num_steps,
-        "guidance_scale": scale,
-        "scheduler": type(pipeline.scheduler).__name__,
-        "Software": f"iclevr_diffusion {iclevr_diffusion.__version__}",
-    }
+    options = call_options(pipeline, {name: getattr(args, name) for name in SAMPLING_OPTIONS})
+    if args.strip and not takes(pipeline, "num_states"):
+        raise ValueError(f"`strip` must be left out for a {type(pipeline).__name__}, which draws in one call.")
+    states = {"num_states": min(10, options["num_inference_steps"])} if args.strip else {}
+    micro_batch_size = min(args.micro_batch_size, len(seeds))
+    output = pipeline(labels_of_image, seeds=seeds, micro_batch_size=micro_batch_size, **options, **states)
+    metadata: dict[str, Any] = {"model": args.pipeline or DEFAULT_PIPELINE, **options}
+    if hasattr(pipeline, "scheduler"):
+        metadata["scheduler"] = type(pipeline.scheduler).__name__
+    metadata["Software"] = f"iclevr_diffusion {iclevr_diffusion.__version__}"
     out, files = Path(args.out), []
     for i, (image, labels, seed) in enumerate(zip(output.images, labels_of_image, seeds, strict=True)):
         files.append(out / f"{file_stem(i, labels)}.png")

@@ -24,12 +24,14 @@ INTERVAL = {
     "level": 0.95,
     "method": (
         "percentile bootstrap; each resample draws, with replacement and one fewer than there are, replicates within"
-        " each condition, or conditions with all their replicates: what a protocol's `resampled` says"
+        " each condition, or conditions with all their replicates: what a protocol's `resampled` says; for average"
+        " precision, whose resamples are too high, moved so that their mean is the score, and cut to [0, 1]"
     ),
     "num_resamples": 2000,
     "num_resamples_of_average_precision": 500,  # the first of these
     "seed": 0,
 }
+RANKING_METRICS = ("mean_average_precision", "average_precision")  # whose resamples are moved
 MAX_UNDEFINED = 0.05  # share of the resamples in which a score may be undefined before its interval is, too
 
 # A list of fewer of both says too little of how far a score would move on another draw.
@@ -235,16 +237,23 @@ def _resample(
     return weights
 
 
-def _estimate(value: float, resampled: np.ndarray | None) -> dict[str, float | None]:
-    """Puts a score and its interval together; resamples (num_resamples,) in which it is undefined are left out."""
+def _estimate(name: str, value: float, resampled: np.ndarray | None) -> dict[str, float | None]:
+    """Puts a score and its interval together; resamples (num_resamples,) in which it is undefined are left out.
+
+    An image that is drawn twice ranks beside itself, which raises the average precision of every resample: an interval
+    of such scores would lie above the score. Moved by the difference of the means, the bootstrap's estimate of this
+    bias, it keeps its width and its share of truths.
+    """
     estimate = {"value": None if np.isnan(value) else float(value), "low": None, "high": None}
     if resampled is None or estimate["value"] is None:
         return estimate
     defined = resampled[~np.isnan(resampled)]
     if len(defined) >= (1 - MAX_UNDEFINED) * len(resampled):
         tail = (1 - INTERVAL["level"]) / 2
-        low, high = np.quantile(defined.astype(np.float64), [tail, 1 - tail])
-        estimate |= {"low": float(low), "high": float(high)}
+        ends = np.quantile(defined.astype(np.float64), [tail, 1 - tail])
+        if name in RANKING_METRICS:
+            ends = np.clip(ends + (value - defined.mean()), 0.0, 1.0)
+        estimate |= {"low": float(ends[0]), "high": float(ends[1])}
     return estimate
 
 
@@ -262,7 +271,7 @@ def score_conditions(
     threshold: float = 0.0,
     resampled: Literal["replicates", "conditions"],
     seen: BoolTensor | None = None,
-    ceiling: Mapping[str, float] | None = None,
+    ceiling: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
     """Scores the images drawn for a list of conditions: in all, by number of objects, by label, by seen or unseen.
 
@@ -270,7 +279,8 @@ def score_conditions(
     `"replicates"` those of each condition are drawn again: the conditions are the task's own, and the interval says
     how far other noise would have moved the score. With `"conditions"` they are drawn again with all their replicates:
     the interval also says how far other conditions of their kind would have. Where all units that are drawn again
-    agree, an interval has no width, which few units do not prove.
+    agree, an interval has no width, which few units do not prove. Those of average precision are corrected for the
+    bias of resampling, see `INTERVAL`.
 
     Args:
         logits: A judge's outputs (num_conditions, num_replicates, num_classes) before the sigmoid.
@@ -310,11 +320,11 @@ def score_conditions(
             ({}, {}) if part_weights is None else _measure(part, part_weights.reshape(-1, part_weights.shape[-1]))
         )
         in_all = {"num_images": len(part.asked)}
-        in_all |= {name: _estimate(value, draws.get(name)) for name, value in values.items()}
+        in_all |= {name: _estimate(name, value, draws.get(name)) for name, value in values.items()}
         by_label = {}
         for k in np.flatnonzero(part.asked.any(axis=0)).tolist():
             by_label[label_names[k]] = {"num_images": int(part.asked[:, k].sum())} | {
-                name: _estimate(of[k], draws_by_label[name][k] if draws_by_label else None)
+                name: _estimate(name, of[k], draws_by_label[name][k] if draws_by_label else None)
                 for name, of in values_by_label.items()
             }
         return in_all, by_label
@@ -338,7 +348,7 @@ def score_conditions(
         parts = {"seen": seen.cpu().numpy(), "unseen": ~seen.cpu().numpy()}
         scores["by_seen"] = {name: score_part(conditions) for name, conditions in parts.items() if conditions.any()}
     scores["one_seed_top_k"] = {
-        name: _estimate(pick(one_seed), None)["value"]
+        name: _estimate("top_k", pick(one_seed), None)["value"]
         for name, pick in {"min": np.min, "median": np.median, "max": np.max}.items()
     }
     if ceiling is not None:
@@ -371,6 +381,7 @@ def score_mean(parts: Sequence[tuple[Tensor, Tensor]], *, threshold: float = 0.0
     has_interval = None not in draws
     return {
         name: _estimate(
+            name,
             np.mean([value[name] for value in values]),
             np.mean([draw[name] for draw in draws], axis=0) if has_interval else None,
         )
@@ -391,7 +402,7 @@ def score_images(logits: Tensor, class_labels: Tensor, *, threshold: float = 0.0
     """
 
     def score(part: _Reading) -> dict[str, Any]:
-        scores = {name: _estimate(value, None)["value"] for name, value in _values(part)[0].items()}
+        scores = {name: _estimate(name, value, None)["value"] for name, value in _values(part)[0].items()}
         return {"num_images": len(part.asked)} | scores
 
     reading = _read(logits, class_labels, threshold)
@@ -400,7 +411,7 @@ def score_images(logits: Tensor, class_labels: Tensor, *, threshold: float = 0.0
     return score(reading) | {"by_num_objects": by_num_objects}
 
 
-def ceiling(held_out: Mapping[str, Any], num_objects: np.ndarray) -> dict[str, float] | None:
+def ceiling(held_out: Mapping[str, Any], num_objects: np.ndarray) -> dict[str, float | None] | None:
     """Says what a judge scores on real images that show as many objects as the conditions of a list ask for.
 
     A generator whose images are read as well as real ones scores as much; more is the judge's weakness, not a better
@@ -408,18 +419,20 @@ def ceiling(held_out: Mapping[str, Any], num_objects: np.ndarray) -> dict[str, f
 
     Args:
         held_out: The judge's scores on real images, as from `score_images`.
-        num_objects: How many objects each condition asks for (num_conditions,), at least one.
+        num_objects: How many objects each condition asks for (num_conditions,).
 
     Returns:
-        `top_k`, each condition weighed by its labels, and `exact_match`, each weighed alike; None if there is no real
-        image with as many objects as some condition asks for.
+        `top_k`, each condition weighed by its labels and None if there are none, and `exact_match`, each weighed alike;
+        None if there is no real image with as many objects as some condition asks for.
     """
-    num_objects = np.asarray(num_objects)
-    of_real = held_out["by_num_objects"]
-    if any(str(k) not in of_real for k in num_objects.tolist()):
+    numbers, of_real = np.asarray(num_objects).tolist(), held_out["by_num_objects"]
+    if any(str(k) not in of_real for k in numbers):
         return None
-    top_k, exact = ([of_real[str(k)][name] for k in num_objects.tolist()] for name in ("top_k", "exact_match"))
-    return {"top_k": float(np.average(top_k, weights=num_objects)), "exact_match": float(np.mean(exact))}
+    num_hits = sum(k * of_real[str(k)]["top_k"] for k in numbers if k > 0)  # of nothing, top-k is undefined
+    return {
+        "top_k": num_hits / sum(numbers) if any(numbers) else None,
+        "exact_match": sum(of_real[str(k)]["exact_match"] for k in numbers) / len(numbers),
+    }
 
 
 _HEADER = (
@@ -519,6 +532,10 @@ def _lines_of_distribution(distribution: Mapping[str, Any]) -> list[str]:
                 f"{measures['precision']:>11.3f}{measures['recall']:>8.3f}{measures['density']:>9.3f}"
                 f"{measures['coverage']:>10.3f}{_decimals(relative):>11}"
             )
+    if inception := distribution.get("inception"):
+        for source, measures in inception.items():
+            name = "Inception" if source == "generated" else "Inception (real)"
+            lines.append(f"{name:<36}{measures['fid']:>10.4g}{measures['kid']:>10.3g}  (the standard FID and KID)")
     if "pixels" in diversity:
         lines.append(f"{'pixels':<36}{_decimals(diversity['pixels']['value']):>69}")
     if copies := distribution.get("memorisation"):

@@ -291,8 +291,13 @@ class TrainingRun:
                 self.finish()
                 raise SystemExit(128 + (self._signal or signal.SIGTERM))
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, model: nn.Module | None = None, name: str = "") -> None:
         """Adds the gradients of a mean `loss`; at the end of a step clips them, or refuses them if not finite.
+
+        Args:
+            loss: The mean loss of this micro-step.
+            model: The prepared model whose gradients are clipped, where a step has several losses; None is all of them.
+            name: What is trained, such as `generator`; its gradient's length is logged as `grad_norm_<name>`.
 
         Raises:
             FloatingPointError: On all processes, before the weights move, if the loss of any, or a gradient, is not
@@ -303,7 +308,8 @@ class TrainingRun:
         accelerator.backward(loss)
         if not self.sync_gradients:
             return
-        parameters = [parameter for model in self._models for parameter in model.parameters()]
+        models = self._models if model is None else [model]
+        parameters = [parameter for model in models for parameter in model.parameters()]
         grad_norm = accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf)
         bad_gradient = ~torch.isfinite(grad_norm)
         # One small sum over the processes and one look at it a step answers all that they must agree on.
@@ -313,7 +319,7 @@ class TrainingRun:
         # A scaler looks for overflows itself, skips the step and lowers the scale; below 1 it no longer helps.
         overflow = bad_gradient and accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
         if bad_loss or (bad_gradient and not overflow):
-            what = "loss" if bad_loss else "gradient"
+            what = f"{name} {'loss' if bad_loss else 'gradient'}".lstrip()
             raise FloatingPointError(
                 f"The {what} of step {self.step} is not finite; the weights did not move, and nothing was saved. Take a"
                 " lower `learning_rate` or `max_grad_norm`, a longer warm-up or mixed_precision bf16 or no, in another"
@@ -321,7 +327,7 @@ class TrainingRun:
             )
         self._stopping = bool(stop)
         if not bad_gradient:
-            self.log(grad_norm=grad_norm)
+            self.log(**{f"grad_norm_{name}" if name else "grad_norm": grad_norm})
 
     def log(self, **scalars: Tensor | float) -> None:
         """Notes numbers for `metrics.jsonl` and the trackers.

@@ -41,9 +41,7 @@ class Validation:
         self.measure = {
             "judge": str(judge),
             "num_conditions": len(self.conditions),
-            "guidance_scale": pipeline.config.default_guidance_scale,
-            "num_inference_steps": pipeline.config.default_num_inference_steps,
-        }
+        } | {name: value for name, value in pipeline.config.items() if name.startswith("default_")}
         pipeline.set_progress_bar_config(disable=True)
 
     def draw(self) -> None:

@@ -198,13 +198,11 @@ def test_evaluate_scores_the_packaged_lists_and_prints_a_table(run_evaluate, tmp
     assert "new_test" in printed and "set ICLEVR_ROOT" in printed and str(tmp_path / "evaluation") in printed
 
 
-def test_evaluate_draws_protocols_by_name_and_lists_from_files(run_evaluate, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "test.json").write_text('[["red cube"]]')
-    results = run_evaluate(
-        "--protocols", "test.json", "--seeds", "1", "--scheduler", "DDIMScheduler", "--name", "mine"
-    )
-    assert results["protocols"]["test"]["num_conditions"] == 1 and results["pipeline"]["name"] == "mine"
+def test_evaluate_draws_lists_from_files(run_evaluate, tmp_path):
+    (tmp_path / "few.json").write_text('[["red cube"]]')
+    scheduler = ["--scheduler", "DDIMScheduler"]
+    results = run_evaluate("--protocols", tmp_path / "few.json", "--seeds", "1", "--name", "mine", *scheduler)
+    assert results["protocols"]["few"]["num_conditions"] == 1 and results["pipeline"]["name"] == "mine"
     assert results["settings"]["scheduler"]["_class_name"] == "DDIMScheduler"
 
 

@@ -32,6 +32,15 @@ def test_images_come_back_to_the_bit_with_their_units_and_record(tmp_path):
     assert list(drawings.records()) == [(first.units, first.record), (second.units, second.record)]
 
 
+def test_only_wanted_images_are_read(tmp_path):
+    drawings = Drawings(tmp_path)
+    add(drawings, [0, 1])
+    add(drawings, [2])
+    (batch,) = drawings.batches(lambda unit: unit.position == 1)
+    assert batch.units == [UNITS[1]]
+    np.testing.assert_array_equal(batch.pixel_values, PIXEL_VALUES[[1]])
+
+
 def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
     drawings = Drawings(tmp_path / "drawings")
     assert drawings.units() == set() and list(drawings.batches()) == []

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from filelock import FileLock
 from PIL import Image
 
 from iclevr_diffusion import ICLEVR_LABELS, LabelVocabulary, evaluate, evaluation
@@ -106,12 +107,13 @@ def test_seeds_of_published_evaluations_stay_what_they_were():
 
 
 def test_an_evaluation_writes_results_records_and_pictures(make_evaluator, tmp_path):
-    results = make_evaluator(pipeline_name="tiny", judges_used_in_training=["judge"]).run()
+    results = make_evaluator(pipeline_name="tiny").run()
     out = tmp_path / "evaluation"
     assert json.loads((out / "results.json").read_text()) == results
     assert results["quick"] and results["schema_version"] == 2
     assert results["protocols"]["first"]["num_replicates"] == 2 and results["protocols"]["first"]["num_images"] == 6
-    assert results["judges_used_in_training"] == ["judge"] and results["pipeline"]["name"] == "tiny"
+    assert results["judges_used_in_training"] == [] and results["pipeline"]["name"] == "tiny"
+    assert results["pipeline"]["label_names"] == list(ICLEVR_LABELS.names)
     pictures = {f"{protocol}_{kind}.png" for protocol in ("first", "second") for kind in ("grid", "strips")}
     assert {file.name for file in out.glob("*.png")} == pictures | {"samples.png"}
     image = Image.open(out / "images" / "first" / "0001_gray-cube_blue-sphere.png")
@@ -190,7 +192,12 @@ def test_the_cost_stands_beside_the_quality(make_evaluator, tiny_unet):
     cost = make_evaluator(num_seeds=1, options={"num_inference_steps": 3, "guidance_scale": 2.0}).run()["cost"]
     assert cost["network_calls_per_image"] == 6  # guidance asks twice
     assert cost["num_parameters"] == sum(weight.numel() for weight in tiny_unet.parameters())
-    assert cost["images_per_second"] > 0 and cost["seconds_for_one_image"] > 0 and cost["batch_size"] == 4
+    assert (
+        cost["machine"]
+        and cost["images_per_second"] > 0
+        and cost["seconds_for_one_image"] > 0
+        and cost["batch_size"] == 4
+    )
 
 
 def test_a_saved_image_is_the_one_that_its_seed_draws_alone(make_evaluator, tiny_pipeline, tmp_path):
@@ -286,12 +293,30 @@ def test_conditions_that_occur_several_times_are_different_images(make_evaluator
         ({"options": {"num_inference_steps": 2, "guidance_scale": 2.0}}, "guidance_scale is 1.0 there and 2.0 here"),
         ({"options": {"num_inference_steps": 3}}, "num_inference_steps is 2 there and 3 here"),
         ({"micro_batch_size": 3}, "micro_batch_size is 4 there and 3 here"),
+        ({"options": {"num_inference_steps": 2, "guidance_interval": (0.0, 0.5)}}, "guidance_interval"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused(make_evaluator, arguments, setting):
     make_evaluator(num_seeds=1).run()
     with pytest.raises(ValueError, match=setting):
         make_evaluator(**arguments)
+
+
+def test_options_of_several_numbers_go_on_where_they_were(make_evaluator):
+    options = {"num_inference_steps": 2, "guidance_interval": (0.0, 0.5)}
+    make_evaluator(num_seeds=1, options=options).run()
+    make_evaluator(num_seeds=2, options=options).run()
+
+
+def test_a_folder_of_the_same_weights_in_another_model_is_refused(make_evaluator, tiny_pipeline):
+    make_evaluator(num_seeds=1).run()
+    tiny_pipeline.unet.register_to_config(prediction_type="sample")
+    with pytest.raises(ValueError, match="weights_sha256 is"):
+        make_evaluator()
+    tiny_pipeline.unet.register_to_config(prediction_type="epsilon")
+    tiny_pipeline.vocabulary = LabelVocabulary(ICLEVR_LABELS.names[::-1])
+    with pytest.raises(ValueError, match="label_names is"):
+        make_evaluator(judges={"judge": make_judge(ICLEVR_LABELS.names[::-1])})
 
 
 def test_a_folder_with_another_list_of_the_same_name_is_refused(make_evaluator):
@@ -319,12 +344,67 @@ def test_settings_of_an_evaluation_that_drew_nothing_do_not_bind_the_next(make_e
         ({"judges": {"other": make_judge("ab")}}, r"`judges\['other'\]` judges other labels"),
         ({"judges": {"large": make_judge(image_size=32)}}, r"`judges\['large'\]` must judge 16-pixel images"),
         ({"judges_used_in_training": ["nobody"]}, r"must name some of the judges \['judge'\], got \['nobody'\]"),
+        ({"judges_used_in_training": ["judge"]}, r"had no part in the training, got \['judge'\] alone"),
+        ({"training_facts": {"judge": "judge"}}, r"had no part in the training, got \['judge'\] alone"),
+        ({"training_facts": {"conditions": [["zebra"]]}}, "`training_facts`, conditions: .*'zebra'"),
+        ({"options": {"seeds": [1]}}, "`options` must leave out what the evaluation decides itself, got seeds"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_drawn(make_evaluator, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         make_evaluator(**arguments)
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_the_judge_that_watched_the_training_is_marked_by_itself(make_evaluator):
+    judges = {"judge": make_judge(), "other": make_judge(seed=1)}
+    results = make_evaluator(judges=judges, num_seeds=1, training_facts={"judge": "other"}).run()
+    assert results["judges_used_in_training"] == ["other"]
+
+
+def test_judges_of_the_caller_stay_as_they_are(make_evaluator):
+    judge = make_judge().double()
+    make_evaluator(judges={"judge": judge}, num_seeds=1).run()
+    assert judge.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images: 2 * images - 1, r"must give images in \[0, 1\] for output_type 'np', got \[-"),
+        (lambda images: (255 * images).astype(np.uint8), r"array of floats \(4, 16, 16, 3\) .* got uint8"),
+        (lambda images: images[:, :8], r"array of floats \(4, 16, 16, 3\) .* got float32 \(4, 8, 16, 3\)"),
+        (lambda images: images[..., :1], r"got float32 \(4, 16, 16, 1\)"),
+        (lambda images: images[1:], r"got float32 \(3, 16, 16, 3\)"),
+        (lambda images: list(images), "got list"),
+    ],
+)
+def test_images_that_would_be_misread_are_refused_with_the_first_batch(
+    plain_pipeline, tmp_path, monkeypatch, change, message
+):
+    call = PlainPipeline.__call__
+
+    def changed(pipeline, class_labels, *, seeds, micro_batch_size=64, output_type="pil"):
+        output = call(pipeline, class_labels, seeds=seeds, output_type=output_type)
+        return SimpleNamespace(images=change(output.images))
+
+    monkeypatch.setattr(PlainPipeline, "__call__", changed)
+    evaluator = Evaluator(plain_pipeline, {"judge": make_judge()}, (FIRST,), tmp_path / "plain", micro_batch_size=4)
+    with pytest.raises(ValueError, match=message):
+        evaluator.run()
+    assert not evaluator.drawings.units()
+
+
+def test_a_folder_in_use_by_another_evaluation_is_refused(make_evaluator, tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    with FileLock(tmp_path / "evaluation" / ".lock"), pytest.raises(ValueError, match="written by another evaluation"):
+        make_evaluator().run()
+
+
+def test_lost_drawings_are_noticed_before_they_are_scored(make_evaluator, monkeypatch):
+    monkeypatch.setattr(Evaluator, "_draw_batch", lambda *_: None)
+    with pytest.raises(ValueError, match="must hold every image that was drawn, but 10 are not there"):
+        make_evaluator().run()
 
 
 def test_an_evaluation_without_a_judge_is_refused(tiny_pipeline, tmp_path):
@@ -339,8 +419,8 @@ def test_images_that_are_not_finite_are_refused(make_evaluator, tiny_unet):
 
 
 def test_seen_and_unseen_conditions_are_scored_apart(make_evaluator):
-    trained_on = [("blue sphere", "gray cube"), ("red cube",)]
-    results = make_evaluator(protocols=(FIRST,), training_conditions=trained_on).run()
+    facts = {"conditions": [("blue sphere", "gray cube"), ("red cube",)]}
+    results = make_evaluator(protocols=(FIRST,), training_facts=facts).run()
     scores = results["protocols"]["first"]["judges"]["judge"]["by_seen"]
     assert {name: part["num_images"] for name, part in scores.items()} == {"seen": 4, "unseen": 2}
 
@@ -405,7 +485,8 @@ def test_the_judges_own_score_on_held_out_images_stands_beside_the_pipelines(mak
 def test_images_drawn_for_the_real_ones_labels_are_compared_with_them(make_evaluator, tmp_path):
     store = make_store(num_images=40)
     protocols = FIRST, matched_protocol(store)
-    results = make_evaluator(protocols=protocols, data_sha256="0" * 64).run(store)
+    facts = {"data_sha256": "0" * 64, "split": "train"}
+    results = make_evaluator(protocols=protocols, training_facts=facts).run(store)
     distribution = results["distribution"]
     assert distribution["num_generated"] == distribution["num_real"] == 20
     assert set(distribution["judges"]["judge"]) == {"generated", "real"}
@@ -413,8 +494,25 @@ def test_images_drawn_for_the_real_ones_labels_are_compared_with_them(make_evalu
     assert distribution["memorisation"]["num_train"] == 40
     assert set(distribution["diversity"]) == {"pixels", "judges"}
     assert (tmp_path / "evaluation" / "nearest.png").is_file()
+    assert results["pipeline"]["trained_on_held_out"] is False
     unknown = make_evaluator(protocols=protocols).run(store)
-    assert unknown["distribution"]["memorisation"]["trained_on_these"] is None
+    assert unknown["distribution"]["memorisation"]["trained_on_these"] is False
+    assert unknown["pipeline"]["trained_on_held_out"] is None
+
+
+def test_copies_are_searched_for_among_all_images_that_were_trained_on(make_evaluator):
+    store = make_store(num_images=40)
+    parts = {name: store.indices(name) for name in ("held-out", "validation")}
+    parts |= {"train": np.arange(0, 40, 2), "all": np.arange(40)}
+    store.indices = lambda split: parts[split]
+    store.class_labels[:] = store.class_labels[0]
+    facts = {"data_sha256": "0" * 64, "split": "all"}
+    protocols = (matched_protocol(store),)
+    results = make_evaluator(protocols=protocols, training_facts=facts).run(store)
+    assert results["pipeline"]["trained_on_held_out"] is True
+    assert results["distribution"]["memorisation"]["num_train"] == 40
+    results = make_evaluator(protocols=protocols, training_facts=facts | {"split": "train"}).run(store)
+    assert results["distribution"]["memorisation"]["num_train"] == 20
 
 
 def test_images_as_good_as_real_ones_have_the_real_ones_labels(make_evaluator):
@@ -427,7 +525,7 @@ def test_images_as_good_as_real_ones_have_the_real_ones_labels(make_evaluator):
     assert len(set(stand_ins.tolist())) == len(stand_ins)
     real = store.pixel_values[stand_ins]
     readings = {"judge": read_images(make_judge(), real)}
-    found = reference.distribution(real, readings, trained_on_these=True)[0]
+    found = reference.distribution(real, readings, trained_on="train")[0]
     assert found["judges"]["judge"]["generated"] == found["judges"]["judge"]["real"]
     assert found["memorisation"]["copies"] == 1  # they are training images
 
@@ -443,6 +541,25 @@ def test_fid_and_kid_are_taken_by_the_extractor_that_is_given(make_evaluator):
     assert set(found) == {"generated", "real"} and set(found["real"]) == {"fid", "kid"}
     assert found["generated"]["fid"] > found["real"]["fid"] >= 0
     assert "inception" not in make_evaluator(protocols=protocols).run(store)["distribution"]
+
+
+def test_real_images_that_judges_cannot_read_are_refused_before_anything_is_drawn(plain_pipeline, tmp_path):
+    store = make_store(LabelVocabulary([f"label {index}" for index in range(24)]), num_images=40)
+    plain_pipeline.vocabulary = None
+    evaluator = Evaluator(plain_pipeline, {"judge": make_judge()}, (matched_protocol(store),), tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"`judges\['judge'\]` judges other labels"):
+        evaluator.run(store)
+    store = make_store(num_images=40)
+    store.pixel_values = store.pixel_values[:, :, :8, :8]
+    with pytest.raises(ValueError, match=r"`store` must hold images of 16x16 pixels, .* got \(8, 8\)"):
+        Evaluator(plain_pipeline, {"judge": make_judge()}, (matched_protocol(store),), tmp_path / "plain").run(store)
+    assert not (tmp_path / "plain").exists()
+
+
+def test_inception_without_real_images_to_compare_with_is_refused(make_evaluator, tmp_path):
+    with pytest.raises(ValueError, match="`inception` needs real images and the protocol 'matched'"):
+        make_evaluator(inception=torch.nn.Identity()).run()
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_real_images_of_another_data_set_than_the_matched_labels_are_refused(make_evaluator, tmp_path):

@@ -33,7 +33,7 @@ from iclevr_diffusion.hub import (
 from iclevr_diffusion.judging import load_judge, weights_sha256
 from iclevr_diffusion.models import unet_multilabel
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
-from iclevr_diffusion.pipelines import label_vocabulary, pipeline_conditional_ddpm
+from iclevr_diffusion.pipelines import label_vocabulary, labelled_pipeline, pipeline_conditional_ddpm
 from iclevr_diffusion.protocols import Protocol
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -108,6 +108,7 @@ def test_a_published_folder_holds_weights_code_and_card_and_nothing_else(exporte
     assert present == [
         "README.md",
         "label_vocabulary.py",
+        "labelled_pipeline.py",
         "model_index.json",
         "pipeline.py",
         "scheduler/scheduler_config.json",
@@ -118,6 +119,7 @@ def test_a_published_folder_holds_weights_code_and_card_and_nothing_else(exporte
     for published, module in {
         "pipeline.py": pipeline_conditional_ddpm,
         "label_vocabulary.py": label_vocabulary,
+        "labelled_pipeline.py": labelled_pipeline,
         "unet/unet_multilabel.py": unet_multilabel,
     }.items():
         assert (exported / published).read_bytes() == Path(inspect.getfile(module)).read_bytes()
@@ -599,7 +601,7 @@ def test_a_card_tells_recipe_machine_and_duration_of_the_run_but_no_path(
 
 
 SEEN = [["red cube"], ["red cube", "blue sphere"]]
-UNKNOWN = {"conditions": None, "data_sha256": None}
+UNKNOWN = {"conditions": None, "data_sha256": None, "split": None, "judge": None}
 
 
 @pytest.fixture
@@ -621,7 +623,11 @@ def test_a_published_folder_tells_what_its_weights_have_seen(
     folder = export_pipeline(pipeline, tmp_path / "trained", training=run)
     assert {"conditions.json", "training.json"} < set(published_files(folder))
     facts = training_facts(folder)
-    assert facts == {"conditions": [("red cube",), ("red cube", "blue sphere")], "data_sha256": "a" * 64}
+    assert facts == UNKNOWN | {
+        "conditions": [("red cube",), ("red cube", "blue sphere")],
+        "data_sha256": "a" * 64,
+        "split": "train",
+    }
     assert json.loads((folder / "training.json").read_text())["split"] == "train"
     assert not any(b"/mnt/me" in (folder / file).read_bytes() for file in published_files(folder))
 
@@ -631,7 +637,7 @@ def test_a_published_folder_tells_what_its_weights_have_seen(
     assert training_facts(exported) == facts
     (run / "conditions.json").unlink()
     write_card(exported, training=run)
-    assert training_facts(exported) == {"conditions": None, "data_sha256": "a" * 64}
+    assert training_facts(exported) == facts | {"conditions": None}
     assert "conditions.json" not in published_files(exported)
 
 
@@ -640,7 +646,11 @@ def test_a_runs_pipeline_has_seen_what_lies_beside_it(
 ) -> None:
     pipeline.save_pretrained(run / "best_pipeline")
     facts = training_facts(run / "best_pipeline")
-    assert facts == {"conditions": list(map(tuple, SEEN)), "data_sha256": "a" * 64}
+    assert facts["conditions"] == list(map(tuple, SEEN)) and facts["data_sha256"] == "a" * 64
+    assert facts["judge"] is None
+    (run / "config.yaml").write_text("batch_size: 8\njudge: outputs/my_judge\n")
+    facts = training_facts(run / "best_pipeline")
+    assert facts["judge"] == "my_judge"
     monkeypatch.chdir(run / "best_pipeline")
     assert training_facts(".") == facts
     (run / "config.yaml").unlink()  # then it is the folder of no run

@@ -5,19 +5,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from iclevr_diffusion.compare import BEGIN, END, Comparison, find_results, main
 from iclevr_diffusion.images import save_png
 from iclevr_diffusion.leaderboard import SCHEMA_VERSION, System, load_system, make_leaderboard, top_k_by_label
-from iclevr_diffusion.leaderboard_plots import draw_samples, open_samples, plot_quality_against_speed
+from iclevr_diffusion.leaderboard_plots import draw_samples, open_samples, plot_labels, plot_quality_against_speed
 from iclevr_diffusion.leaderboard_tables import render_csv, render_markdown, render_summary
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 LABELS = ["red cube", "blue sphere", "gray cylinder"]
 SHOWN = [["red cube"], ["blue sphere", "gray cylinder"]]  # the labels of the images in samples.png
-CEILINGS = {"test": 0.98, "new_test": 0.96, "all": 0.95, "crowded": 0.80}  # top-k of real images
+CEILINGS = {
+    "test": 0.98,
+    "new_test": 0.96,
+    "all": 0.95,
+    "crowded": 0.80,
+    "held-out": 0.94,
+    "matched": 0.93,
+}  # top-k of real images
 
 
 def estimate(value, width=0.02):
@@ -55,7 +63,7 @@ def make_results(
                 },
                 "by_seen": {"seen": make_scores(value + shift), "unseen": make_scores(value + shift)},
                 "one_seed_top_k": {"min": value, "median": value, "max": value},
-                "ceiling": {"top_k": CEILINGS[protocol], "exact_match": CEILINGS[protocol] - 0.05},
+                "ceiling": {"top_k": CEILINGS.get(protocol, 0.9), "exact_match": CEILINGS.get(protocol, 0.9) - 0.05},
             }
             for judge, value in by_judge.items()
         }  # fmt: skip
@@ -65,7 +73,7 @@ def make_results(
     distances = {"kernel_distance": 0.1, "precision": 0.7, "recall": 0.6, "density": 0.8, "coverage": 0.5}
     results = {
         "schema_version": 2,
-        "pipeline": {"name": name, "class": "MadeUpPipeline", "weights_sha256": f"{name:0<64}", "num_parameters": 5_970_000, "data_sha256": None},
+        "pipeline": {"name": name, "class": "MadeUpPipeline", "weights_sha256": f"{name:0<64}", "num_parameters": 5_970_000, "data_sha256": None, "label_names": list(labels)},
         "settings": {
             "options": {"num_inference_steps": 20, "guidance_scale": 5.0},
             "judges": {judge: {"class": "Judge", "weights_sha256": f"{judge:0<64}", "threshold": 0.0} for judge in judges},
@@ -92,13 +100,13 @@ def make_results(
                 }
                 for judge, value in by_judge.items()
             },
-            "diversity": {"judges": {judge: {"value": 0.875, "num_conditions": 40, "num_real": 300} for judge in judges}},
+            "diversity": {"pixels": {"value": 0.875, "num_conditions": 40, "num_real": 300}},
         },
         "cost": {
-            "images_per_second": speed, "seconds_for_one_image": 0.25, "batch_size": 64, "device": "cpu",
+            "images_per_second": speed, "seconds_for_one_image": 0.25, "batch_size": 64, "machine": machine, "device": "cpu",
             "dtype": "float32", "num_threads": 1, "num_parameters": 5_970_000, "network_calls_per_image": 40,
         },
-        "environment": {"machine": machine, "git_commit": "0123456789abcdef0123-dirty"},
+        "environment": {"machine": "the one that drew", "git_commit": "0123456789abcdef0123-dirty"},
     }  # fmt: skip
     if {"test", "new_test"} <= set(protocols):
         ceiling = {"top_k": 0.97, "exact_match": 0.92}
@@ -135,7 +143,7 @@ def changed(results, *keys, to):
 
 
 def without_labels(name="unlabelled"):
-    results = changed(make_results(name), "protocols", to={})
+    results = changed(changed(make_results(name), "protocols", to={}), "pipeline", "label_names", to=None)
     del results["mean_of_test_and_new_test"]
     return results
 
@@ -256,15 +264,143 @@ def test_the_judge_that_reads_real_images_best_ranks():
     assert board_of(results).judges == ("judge-b", "judge-a")
 
 
+def test_a_rival_without_an_interval_keeps_the_best_from_being_bold():
+    boards = []
+    for value in (1.0, 0.5):
+        rival = make_results("c", 0.6)
+        rival["mean_of_test_and_new_test"]["judge-a"]["precision"] = {"value": value, "low": None, "high": None}
+        markdown = render_markdown(board_of(make_results("a", 0.80), make_results("b", 0.60), rival), Path())
+        boards.append(rows_of(markdown, "As judge-a sees it"))
+    assert [boards[0][name]["precision"] for name in "ac"] == ["0.700 [0.690, 0.710]", "1.000"]
+    assert [boards[1][name]["precision"] for name in "ac"] == ["**0.700 [0.690, 0.710]**", "0.500"]
+
+
 def test_quick_systems_are_left_out_by_name():
     quick = changed(make_results("hasty"), "protocols", "test", "quick", to=True)
     board = board_of(quick, make_results("a"))
     assert [system.name for system in board.ranked] == ["a"]
-    assert "Left out, as they drew too few images (quick): hasty." in render_markdown(board, Path())
+    assert "Left out: hasty drew too few images (quick)." in render_markdown(board, Path())
     assert [system.name for system in board_of(quick, make_results("a"), protocols=["new_test"]).ranked] == [
         "a",
         "hasty",
     ]
+
+
+def test_systems_that_were_trained_on_the_held_out_images_are_left_out_by_name():
+    greedy, unlabelled = make_results("greedy", 0.99), without_labels()
+    for results in (greedy, unlabelled):
+        changed(results, "pipeline", "trained_on_held_out", to=True)
+    fair = changed(make_results("a"), "pipeline", "trained_on_held_out", to=False)
+    board = board_of(greedy, unlabelled, fair)
+    assert [[system.name for system in part] for part in (board.ranked, board.without_labels)] == [["a"], []]
+    reason = "was trained on all images, with none held out"
+    assert f"Left out: greedy {reason}; unlabelled {reason}." in render_markdown(board, Path())
+
+
+def test_matched_images_bar_no_system_and_have_no_column_unless_asked_for():
+    lists = ("test", "new_test", "matched")
+    systems = [changed(make_results(name, protocols=lists), "protocols", "matched", "quick", to=True) for name in "ab"]
+    board = board_of(*systems)
+    assert board.protocols == ("test", "new_test") and not board.left_out
+    changed(systems[0], "protocols", "matched", "quick", to=False)
+    board = board_of(*systems, protocols=["matched"])
+    assert [board.protocols, [system.name for system in board.ranked]] == [("matched",), ["a"]]
+    assert "top-k, matched" in render_markdown(board, Path())
+
+
+def test_systems_trained_on_held_out_sets_are_marked_there_and_not_held_against_the_others():
+    lists = ("test", "new_test", "held-out")
+    results = [make_results(name, top_k, protocols=lists) for name, top_k in (("a", 0.9), ("b", 0.8), ("c", 0.7))]
+    for part in results[1:]:
+        for scores in part["protocols"]["held-out"]["judges"].values():
+            del scores["by_seen"]["seen"]
+    board = board_of(*results)
+    table = rows_of(render_markdown(board, Path()), "As judge-a sees it")
+    assert [table[name]["top-k, held-out"] for name in "abc"] == [
+        "0.880 [0.870, 0.890]‡",
+        "**0.780 [0.770, 0.790]**",
+        "0.680 [0.670, 0.690]",
+    ]
+    assert table["a"]["top-k, test"] == "**0.920 [0.910, 0.930]**"
+    assert "‡ This system was trained on some of the label sets of `held-out`" in render_markdown(board, Path())
+    assert "‡" not in render_summary(board, "results")
+    assert "‡ This system" in render_summary(board_of(*results, protocols=["held-out"]), "results")
+    assert "‡" not in render_markdown(board_of(*results[1:]), Path())
+
+
+def test_protocols_whose_conditions_differ_are_left_out_by_name_unless_asked_for():
+    lists = ("test", "new_test", "all")
+    results = [make_results(name, protocols=lists) for name in "ab"]
+    changed(results[1], "protocols", "all", "sha256", to="0" * 64)
+    board = board_of(*results)
+    assert board.protocols == ("test", "new_test") and board.differing == ("all",)
+    note = "Not shown, as their conditions differ from system to system: `all`."
+    assert note in render_markdown(board, Path())
+    with pytest.raises(ValueError, match="the conditions of the protocol all, asked for by `--protocols`"):
+        board_of(*results, protocols=["all"])
+
+
+def test_systems_of_other_labels_have_a_table_of_their_own():
+    other = ["cone", "cylinder", "torus", "star"]
+    mine = [make_results("a", 0.9), make_results("z", 0.8)]
+    others = [
+        make_results(name, top_k, labels=other, protocols=["crowded"], machine="Machine Y")
+        for name, top_k in (("b", 0.7), ("c", 0.95))
+    ]
+    assert [system.name for system in board_of(*mine, *others).ranked] == ["a", "z"]  # as many: the first by name
+    mine.append(make_results("y", 0.7))
+    board = board_of(*others, *mine)
+    assert [system.name for system in board.ranked] == ["a", "z", "y"]
+    assert [[system.name for system in part.ranked] for part in board.others] == [["c", "b"]]
+    assert [board.machines, board.others[0].machines] == [("Machine X, cpu, 1 thread",), ("Machine Y, cpu, 1 thread",)]
+    markdown = render_markdown(board, Path())
+    table = rows_of(markdown, "Systems of other labels: cone, cylinder, star, ... (4 labels)")
+    assert list(table) == ["*real images, held out*", "c", "b"]
+    assert table["b"]["top-k, crowded"] == "0.680 [0.670, 0.690]" and "top-k, test" not in table["b"]
+    assert "[c](c/results.json)" in markdown
+    rows = [tuple(row[:6]) for row in csv.reader(render_csv(board).splitlines())]
+    assert len(set(rows)) == len(rows)
+    assert ("c", "judge-a", "False", "crowded", "all", "top_k") in rows
+    assert [system.name for system in board_of(*others, *mine, protocols=["test"]).others[0].ranked] == ["c", "b"]
+
+
+def test_the_order_of_the_labels_makes_no_other_vocabulary():
+    assert board_of(make_results("a"), make_results("b", labels=LABELS[::-1])).others == ()
+
+
+def with_inception(results, fid):
+    distances = {"generated": {"fid": fid, "kid": 0.0123}, "real": {"fid": 7.5, "kid": -0.001}}
+    return changed(results, "distribution", "inception", to=distances)
+
+
+def test_standard_fid_and_kid_have_columns_where_all_systems_have_them():
+    one, other = with_inception(make_results("a"), 23.456), make_results("b")
+    assert "| FID" not in render_markdown(board_of(one, other), Path())
+    with_inception(other, 30)
+    table = rows_of(render_markdown(board_of(one, other), Path()), "As judge-a sees it")
+    assert [table["a"]["FID"], table["b"]["FID"], table["b"]["KID"]] == ["23.5", "30", "0.0123"]
+    assert [table["*real images, held out*"][title] for title in ("FID", "KID")] == ["7.5", "-0.001"]
+    board = board_of(make_results("a"), with_inception(without_labels(), 40))
+    table = rows_of(render_markdown(board, Path()), "Systems that are not told what to draw")
+    assert [table["unlabelled"]["FID"], table["*real images, held out*"]["FID"]] == ["40", "7.5"]
+    assert ["unlabelled", "", "", "matched", "generated", "fid", "40", "", ""] in list(
+        csv.reader(render_csv(board).splitlines())
+    )
+
+
+def test_what_a_file_says_ends_no_cell_and_is_no_formula():
+    results = make_results("a|b $x$", machine="one|two $y$", protocols=("a|b",), labels=["$red|cube$"])
+    changed(results, "settings", "options", to={"prompt": "first\nsecond|third"})
+    board = board_of(results)
+    markdown = render_markdown(board, Path())
+    assert "| a\\|b \\$x\\$ | 0." in markdown and "| top-k, a\\|b |" in markdown.replace("system |", "|")
+    assert "on: one\\|two \\$y\\$, cpu" in markdown
+    assert "prompt first second\\|third" in markdown
+    assert "[a\\|b \\$x\\$](a%7Cb%20%24x%24/results.json)" in markdown
+    for figure in (plot_quality_against_speed(board), plot_labels(board)):
+        figure.draw_without_rendering()
+        texts = [text for text in figure.findobj(Text) if "$" in text.get_text()]
+        assert texts and not any(text.get_parse_math() for text in texts)
 
 
 def test_systems_without_labels_have_a_table_of_their_own():
@@ -297,7 +433,7 @@ def test_threads_make_a_machine_another_one():
 
 def test_relative_diversities_of_other_conditions_are_not_shown():
     other = make_results("b")
-    other["distribution"]["diversity"]["judges"]["judge-a"]["num_conditions"] = 41
+    other["distribution"]["diversity"]["pixels"]["num_conditions"] = 41
     board = board_of(make_results("a"), other)
     assert "relative diversity" not in rows_of(render_markdown(board, Path()), "As judge-a sees it")["a"]
     assert "Relative diversities are not shown" in render_markdown(board, Path())
@@ -315,7 +451,7 @@ def test_the_csv_holds_every_number_with_the_ends_of_its_interval():
     assert found["a", "judge-a", "False", "new_test", "num_objects 2", "recall"] == ["0.73", "0.72", "0.74"]
     assert found["a", "judge-a", "False", "new_test", "unseen", "precision"] == ["0.68", "0.67", "0.69"]
     assert found["a", "judge-a", "False", "matched", "generated", "frechet_distance"] == ["20", "", ""]
-    assert found["a", "judge-a", "False", "", "diversity", "relative_diversity"] == ["0.875", "", ""]
+    assert found["a", "", "", "", "diversity", "relative_diversity"] == ["0.875", "", ""]
     assert found["a", "", "", "", "Machine X, cpu, 1 thread", "images_per_second"] == ["12.5", "", ""]
     real = "real images, held out"
     assert found[real, "judge-a", "", "test", "all", "top_k"] == ["0.98", "", ""]
@@ -329,6 +465,7 @@ def test_labels_are_pooled_over_the_images_of_both_lists():
     new_test["red cube"] = {"num_images": 10, "top_k": estimate(0.4)}
     del new_test["blue sphere"]
     other = make_results("other", 0.5, labels=["red cube"])
+    other["pipeline"]["label_names"] = results["pipeline"]["label_names"]  # it knows both, and was asked for one
     labels, rows = top_k_by_label(board_of(results, other))
     assert labels == ["red cube", "blue sphere"]
     assert rows[0] == pytest.approx([0.7, 0.92])  # (30 * .8 + 10 * .4) / 40
@@ -346,15 +483,36 @@ def test_labels_are_taken_from_all_conditions_where_every_system_has_drawn_them(
     ("keys", "value", "message"),
     [
         (("schema_version",), 1, "schema_version 2, got 1; run iclevr-evaluate again"),
-        (("pipeline", "name"), 3, r"pipeline\.name must be str, got 3"),
-        (("protocols", "test", "sha256"), None, r"protocols\.test\.sha256 must be str, got None"),
+        (("pipeline", "name"), 3, r"pipeline\.name must be a line of text, got 3"),
+        (("pipeline", "name"), "two\nlines", r"pipeline\.name must be a line of text, got 'two\\nlines'"),
+        (("pipeline", "label_names"), ["a\nb"], r"label_names must be a list of lines of text, or null, got"),
+        (("pipeline", "trained_on_held_out"), "no", r"trained_on_held_out must be true or false, or null, got 'no'"),
+        (("protocols", "test", "sha256"), None, r"protocols\.test\.sha256 must be a line of text, got None"),
         (("protocols", "test", "judges", "judge-a", "all"), {}, r"protocols\.test\.judges\.judge-a\.all\.top_k is missing"),
+        (("protocols", "test", "judges", "judge-a", "all", "recall"), {"value": 1}, r"all\.recall must be `value`, `low`"),
+        (("protocols", "test", "judges", "judge-a", "all", "recall"), estimate(float("nan")), r"all\.recall must .*nan"),
+        (("protocols", "test", "judges", "judge-a", "all", "recall"), estimate(0.5, -0.1), r"all\.recall must be"),
+        (("protocols", "test", "judges", "judge-a", "ceiling", "top_k"), -0.5, r"judge-a\.ceiling\.top_k must be a number from 0 to 1"),
+        (("protocols", "a\nb"), {}, r"the names in protocols must be lines of text, got 'a\\nb'"),
+        (("mean_of_test_and_new_test", "judge-a", "top_k"), estimate(1.5), r"mean_of_test_and_new_test\.judge-a\.top_k must be"),
         (("cost",), [], r"cost must be a mapping, got \[\]"),
-        (("settings", "judges", "judge-a", "threshold"), "0", "threshold must be int or float, got '0'"),
+        (("cost", "images_per_second"), 0, r"cost\.images_per_second must be a finite number above 0, got 0"),
+        (("cost", "images_per_second"), float("inf"), r"cost\.images_per_second must be .* above 0, got inf"),
+        (("cost", "images_per_second"), True, r"cost\.images_per_second must be .* above 0, got True"),
+        (("cost", "seconds_for_one_image"), float("nan"), r"cost\.seconds_for_one_image must be .* above 0, got nan"),
+        (("cost", "num_parameters"), -1, r"cost\.num_parameters must be a whole number of at least 0, got -1"),
+        (("cost", "network_calls_per_image"), 10**400, r"cost\.network_calls_per_image must be a finite number"),
+        (("cost", "machine"), None, r"cost\.machine must be a line of text, got None"),
+        (("settings", "judges", "judge-a", "threshold"), "0", "threshold must be a finite number, got '0'"),
+        (("distribution", "judges", "judge-a", "generated", "frechet_distance"), -1, "frechet_distance must be a finite number of at least 0"),
+        (("distribution", "inception"), {"generated": {"fid": 3}}, r"distribution\.inception\.generated\.kid is missing"),
+        (("held_out_images", "judges", "judge-a", "exact_match"), "all", r"held_out_images\.judges\.judge-a\.exact_match must be"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_of_this_form_is_refused_by_name(keys, value, message, tmp_path):
     path = tmp_path / "results.json"
+    path.write_text(json.dumps(make_results()))
+    load_system(path)
     path.write_text(json.dumps(changed(make_results(), *keys, to=value)))
     with pytest.raises(ValueError, match=message) as error:
         load_system(path)
@@ -381,7 +539,8 @@ def test_a_file_that_is_no_results_at_all_is_refused(text, tmp_path):
         (("distribution", "num_real"), 300, "the num_real of the distances"),
         (("pipeline", "name"), "a", "distinct names, and a/results.json and a/results.json are both 'a'"),
         (("judges_used_in_training",), ["judge-a", "judge-b"], "b/results.json must hold the scores of a judge that had no part"),
-        (("mean_of_test_and_new_test", "judge-a", "top_k", "low"), None, r"b/results.json is malformed: mean.*\.low must be"),
+        (("mean_of_test_and_new_test", "judge-a", "top_k"), dict.fromkeys(("value", "low", "high")), r"b/results.json is malformed: mean.*\.top_k must be"),
+        (("protocols", "test", "resampled"), "conditions", "what the intervals of test draw again"),
     ],
 )  # fmt: skip
 def test_results_that_do_not_compare_are_refused(keys, value, message):
@@ -396,7 +555,10 @@ def test_systems_without_labels_must_be_held_against_the_same_images_too():
 
 
 def test_systems_that_share_no_protocol_are_refused():
-    with pytest.raises(ValueError, match="share none: a/results.json has test; b/results.json has all, crowded"):
+    with pytest.raises(
+        ValueError,
+        match="of the same conditions, and share none: a/results.json has test; b/results.json has all, crowded",
+    ):
         board_of(make_results("a", protocols=["test"]), make_results("b", protocols=["all", "crowded"]))
 
 
@@ -467,6 +629,31 @@ def test_the_command_writes_what_its_check_then_accepts(evaluations, tmp_path, c
     save_png(Image.new("RGB", (32, 16), "blue"), tmp_path / "a" / "samples.png", {"labels": SHOWN})
     pictures = {name for name in everything if name.endswith("png")}  # told by the hash of the inputs that they carry
     assert stale(evaluations) == pictures | {"leaderboard.md"}
+
+
+def test_other_protocols_make_other_pictures():
+    systems = [System(Path("a", "results.json"), make_results("a"))]
+    hashes = {make_leaderboard(systems, lists).inputs_sha256 for lists in (None, ["test"], ["new_test"])}
+    assert len(hashes) == 3
+    assert make_leaderboard(systems, ["test", "new_test"]).inputs_sha256 in hashes
+
+
+def test_a_file_that_cannot_be_written_wholly_stays_as_it_was(evaluations, tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    before = readme.read_text()
+    comparison = Comparison(evaluations[:2], out=tmp_path, readme=readme)
+    comparison.pictures = {}  # texts alone
+
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        comparison.write()
+    assert readme.read_text() == before
+    monkeypatch.undo()
+    comparison.write()
+    assert readme.read_text() != before
 
 
 def test_a_readme_without_the_marks_is_refused(evaluations, tmp_path):
@@ -557,6 +744,9 @@ def test_pictures_without_their_labels_are_refused(tmp_path):
     with pytest.raises(ValueError, match="At least one system must have a samples.png"):
         open_samples(board)
     Image.new("RGB", (32, 16)).save(path.with_name("samples.png"))
+    with pytest.raises(ValueError, match="samples.png must be square images side by side"):
+        open_samples(board)
+    save_png(Image.new("RGB", (32, 16)), path.with_name("samples.png"), {"labels": [["red cube"], [3]]})
     with pytest.raises(ValueError, match="samples.png must be square images side by side"):
         open_samples(board)
 

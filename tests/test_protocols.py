@@ -209,6 +209,28 @@ def test_a_file_does_not_take_the_name_of_the_held_out_images(tmp_path):
         open_protocol(write(tmp_path, [["red"]], "matched.json"), COLOURS)
 
 
+def test_a_file_named_after_a_protocol_must_hold_its_conditions(tmp_path):
+    for name, other in (("test", "new_test"), ("new_test", "test"), ("all", "test")):
+        path = write(tmp_path, open_protocol(other, ICLEVR_LABELS).conditions, f"{name}.json")
+        with pytest.raises(
+            ValueError, match=f"{name}.json must hold the conditions of the protocol '{name}' in their"
+        ):
+            open_protocol(path, ICLEVR_LABELS)
+    with pytest.raises(ValueError, match="test.json must hold .* give the file another name"):  # it has no such labels
+        open_protocol(write(tmp_path, [["red"]], "test.json"), COLOURS)
+    with pytest.raises(ValueError, match="unseen.json must hold .* give the file another name"):  # nobody knows
+        open_protocol(write(tmp_path, [["red"]], "unseen.json"), COLOURS)
+
+
+@pytest.mark.parametrize("name", ["test", "crowded"])
+def test_a_file_with_the_conditions_of_its_namesake_is_that_protocol(name, tmp_path):
+    protocol = open_protocol(name, ICLEVR_LABELS)
+    assert open_protocol(write(tmp_path, protocol.conditions, f"{name}.json"), ICLEVR_LABELS) == protocol
+    path = write(tmp_path, protocol.conditions[::-1], f"{name}.json")
+    with pytest.raises(ValueError, match="in their order"):
+        open_protocol(path, ICLEVR_LABELS)
+
+
 def test_a_name_that_is_none_is_answered_with_the_names():
     with pytest.raises(FileNotFoundError, match="one of test, new_test, held-out, all, unseen, crowded or a file"):
         open_protocol("heldout", COLOURS)

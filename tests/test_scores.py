@@ -326,6 +326,13 @@ def test_the_ceiling_is_the_judges_own_score_for_the_same_numbers_of_objects():
     assert ceiling(held_out, np.array([1, 4])) is None
 
 
+def test_conditions_that_ask_for_nothing_weigh_nothing_in_the_ceiling_of_top_k():
+    of_nothing = {"top_k": None, "exact_match": 0.5}
+    held_out = {"by_num_objects": {"0": of_nothing, "2": {"top_k": 0.9, "exact_match": 0.8}}}
+    assert ceiling(held_out, np.array([0, 2])) == pytest.approx({"top_k": 0.9, "exact_match": 0.65})
+    assert ceiling(held_out, np.array([0])) == of_nothing
+
+
 # Intervals
 
 
@@ -389,7 +396,9 @@ def brute_force_intervals(logits, class_labels, resampled):
         scores = score_images(images.flatten(0, 1), labels.repeat_interleave(images.shape[1], dim=0))
         for name in METRICS:
             drawn[name].append(scores[name])
-    return {name: np.quantile(found, [0.025, 0.975]) for name, found in drawn.items()}
+    of_all = score_images(logits.flatten(0, 1), class_labels.repeat_interleave(num_replicates, dim=0))
+    moves = {"mean_average_precision": of_all["mean_average_precision"] - np.mean(drawn["mean_average_precision"])}
+    return {name: np.quantile(found, [0.025, 0.975]) + moves.get(name, 0) for name, found in drawn.items()}
 
 
 @pytest.mark.parametrize("resampled", ["replicates", "conditions"])
@@ -437,6 +446,54 @@ def test_intervals_contain_the_truth_about_as_often_as_they_say():
         estimate = score_marks(random.random((20, 10)) < truth)["all"]["top_k"]
         num_contained += estimate["low"] <= truth <= estimate["high"]
     assert num_contained >= 52  # of 60; 57 are expected
+
+
+def test_an_interval_of_average_precision_lies_about_its_score_where_the_ranking_is_by_chance():
+    _, class_labels = draw_list(24, 1, num_classes=24)
+    logits = torch.randn(24, 10, 24, generator=torch.Generator().manual_seed(1))
+    estimate = score_mean([(logits, class_labels)])["mean_average_precision"]
+    middle = (estimate["low"] + estimate["high"]) / 2
+    assert abs(middle - estimate["value"]) < 0.1 * (estimate["high"] - estimate["low"])  # of the resamples: a third
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resampled", ["replicates", "conditions"])
+@pytest.mark.parametrize("signal", [0.0, 3.0])
+def test_intervals_of_average_precision_contain_the_truth_about_as_often_as_they_say(signal, resampled, monkeypatch):
+    monkeypatch.setitem(INTERVAL, "num_resamples", 100)
+    random = np.random.default_rng(0)
+
+    def draw():
+        seed = int(random.integers(2**31)) if resampled == "conditions" else 0  # other sets of the kind, or the same
+        labels = draw_list(60, 1, num_classes=24, seed=seed)[1]
+        return signal * labels[:, None] + torch.from_numpy(random.normal(size=(60, 10, 24))).float(), labels
+
+    def score(logits, labels):
+        return score_conditions(logits, labels, label_names=list(map(str, range(24))), resampled=resampled)["all"]
+
+    drawn = [draw() for _ in range(200)]
+    truth = np.mean(
+        [
+            score_images(logits.flatten(0, 1), labels.repeat_interleave(10, dim=0))["mean_average_precision"]
+            for logits, labels in drawn
+        ]
+    )
+    estimates = [score(*part)["mean_average_precision"] for part in drawn[:40]]
+    assert all(estimate["low"] <= estimate["value"] <= estimate["high"] for estimate in estimates)
+    assert sum(estimate["low"] <= truth <= estimate["high"] for estimate in estimates) >= 35  # 38 are expected
+
+
+def test_intervals_of_average_precision_end_at_one():
+    # The judge ranks nearly every image right: resamples are at most 1, and moved up they would be above it.
+    logits, class_labels = draw_list(30, 10)
+    by_label = score_conditions(
+        2 * class_labels[:, None] + logits, class_labels, label_names="abcd", resampled="replicates"
+    )
+    estimates = [
+        by_label["all"]["mean_average_precision"],
+        *(part["average_precision"] for part in by_label["by_label"].values()),
+    ]
+    assert all(estimate["value"] <= estimate["high"] <= 1 for estimate in estimates)
 
 
 def test_intervals_are_the_same_each_time():
@@ -523,6 +580,7 @@ def test_the_printed_table_of_a_pipeline_without_labels_compares_its_images_alon
         "num_real": 30,
         "judges": {"judge": {"generated": measures, "real": measures | {"frechet_distance": 1.5}}},
         "diversity": {"pixels": {"value": 0.95}, "judges": {"judge": {"value": None}}},
+        "inception": {"generated": {"fid": 23.456, "kid": 0.0123}, "real": {"fid": 7.5, "kid": -0.001}},
         "memorisation": {"copies": 0.125, "held_out": {"copies": 0.0}, "trained_on_these": False},
     }
     results = make_results(protocols={}, distribution=distribution)
@@ -533,5 +591,7 @@ def test_the_printed_table_of_a_pipeline_without_labels_compares_its_images_alon
     assert "judge 12.35 0.0123 0.900 0.800 1.100 0.700 -" in rows
     assert "judge (real) 1.5 0.0123 0.900 0.800 1.100 0.700 -" in rows
     assert "pixels 0.950" in rows
+    assert "Inception 23.46 0.0123 (the standard FID and KID)" in rows
+    assert "Inception (real) 7.5 -0.001 (the standard FID and KID)" in rows
     assert any("12.50% of the drawn, 0.00% of the held-out real images; but it was not" in line for line in lines)
     assert max(map(len, lines)) <= 120

@@ -1,5 +1,6 @@
 """ResNet that reads which objects an image shows."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,6 +63,8 @@ class LabelClassifier(ModelMixin, ConfigMixin):
                 f"`label_names` must hold one name for each of the {num_classes} classes, got {len(label_names)} names;"
                 " set `num_classes` to their number."
             )
+        if not (isinstance(threshold, (int, float)) and math.isfinite(threshold)):
+            raise ValueError(f"`threshold` must be a finite number, a logit, got {threshold!r}.")
         if len(hidden_sizes) != len(depths):
             raise ValueError(
                 f"`hidden_sizes` and `depths` must have one entry a stage, got {tuple(hidden_sizes)} and {tuple(depths)}."

@@ -1,5 +1,6 @@
 """Small residual network that reads which objects an image shows."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -68,6 +69,8 @@ class SmallLabelClassifier(ModelMixin, ConfigMixin):
                 f"`label_names` must hold one name for each of the {num_classes} classes, got {len(label_names)} names;"
                 " set `num_classes` to their number."
             )
+        if not (isinstance(threshold, (int, float)) and math.isfinite(threshold)):
+            raise ValueError(f"`threshold` must be a finite number, a logit, got {threshold!r}.")
         channels = [block_out_channels[0], *block_out_channels]
         self.stem = nn.Sequential(
             nn.Conv2d(3, channels[0], 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU()

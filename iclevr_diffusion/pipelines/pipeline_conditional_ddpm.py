@@ -1,43 +1,18 @@
-import importlib
 import inspect
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .label_vocabulary import LabelVocabulary
-
-Images = list[PIL.Image.Image] | np.ndarray | Tensor
-
-# Without a `micro_batch_size`, at most this many images go through the network at once.
-LARGEST_BATCH = 64
+from .labelled_pipeline import LARGEST_BATCH, ConditionalImageOutput, Images, LabelledPipeline
 
 
-@dataclass
-class ConditionalImageOutput(BaseOutput):
-    """What a conditional pipeline returns.
-
-    Args:
-        images: The images as asked for by `output_type`.
-        seeds: The seed of each image: drawing it again by `seeds=[...]` gives the same image.
-        states: With `num_states`, the image batches on the way from noise to `images`, noisiest first.
-    """
-
-    images: Images
-    seeds: list[int]
-    states: list[Images] | None = None
-
-
-class ConditionalDDPMPipeline(DiffusionPipeline):
+class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
     """Draws images that show given labels, by the reverse process of a diffusion model.
 
     *Denoising Diffusion Probabilistic Models* (Ho et al., 2020, https://arxiv.org/abs/2006.11239) with classifier-free
@@ -56,6 +31,9 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
         default_guidance_scale: Guidance scale used when a call does not say.
     """
 
+    # Named here too, as diffusers fetches only the files that this one imports itself.
+    vocabulary: LabelVocabulary
+
     def __init__(
         self,
         unet: nn.Module,
@@ -65,25 +43,13 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
         default_guidance_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if label_names is None:
-            raise ValueError(
-                "`label_names` must be the list of the label names in the order of `class_labels`, got None."
-            )
-        if isinstance(label_names, Mapping):
-            label_names = [label_names[str(index)] for index in range(len(label_names))]
-        self.vocabulary = LabelVocabulary(label_names)
-        if len(self.vocabulary) != unet.config.num_classes:
-            raise ValueError(
-                f"`label_names` must name the network's {unet.config.num_classes} labels, got {len(self.vocabulary)}."
-            )
         self.register_modules(unet=unet, scheduler=scheduler)
-        # A list in model_index.json would be taken for a component when the folder is loaded from a hub.
-        self.register_to_config(
-            label_names={str(index): name for index, name in enumerate(self.vocabulary)},
+        self._register_label_names(
+            label_names,
+            unet.config.num_classes,
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
         )
-        self.image_processor = VaeImageProcessor(do_resize=False, do_convert_rgb=False)
 
     @torch.no_grad()
     def __call__(
@@ -140,22 +106,16 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
             guidance_scale = 1.0 if class_labels is None else self.config.default_guidance_scale
         self._check_guidance(class_labels, guidance_scale, guidance_interval)
         self._check_scheduler()
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"`output_type` must be `pil`, `np` or `pt`, got {output_type!r}.")
+        self._check_output_type(output_type)
         if not 0 <= num_states <= num_steps:
             raise ValueError(f"`num_states` must lie between 0 and the {num_steps} steps, got {num_states}.")
         seeds = self._image_seeds(len(multi_hot), generator, seeds)
         chunk_size = self._positive("micro_batch_size", micro_batch_size, min(len(multi_hot), LARGEST_BATCH))
-
-        chunks = []
-        starts = range(0, len(multi_hot), chunk_size)
-        with self.progress_bar(total=len(starts) * num_steps) as progress_bar:
-            for start in starts:
-                rows = torch.arange(start, start + chunk_size).clamp(
-                    max=len(multi_hot) - 1
-                )  # padded by the last image
-                num_real = min(chunk_size, len(multi_hot) - start)
-                states = self._denoise(
+        with self.progress_bar(total=-(-len(multi_hot) // chunk_size) * num_steps) as progress_bar:
+            *states, images = self._draw_in_chunks(
+                len(multi_hot),
+                chunk_size,
+                lambda rows: self._denoise(
                     None if class_labels is None else multi_hot[rows],
                     [seeds[row] for row in rows],
                     num_steps=num_steps,
@@ -164,10 +124,9 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
                     num_states=num_states,
                     callback=callback_on_step_end,
                     on_step=progress_bar.update,
-                )
-                chunks.append([state[:num_real] for state in states])
-
-        *states, images = (self._to_images(torch.cat(parts), output_type) for parts in zip(*chunks, strict=True))
+                ),
+            )
+        *states, images = (self._to_images(part, output_type) for part in (*states, images))
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
@@ -207,45 +166,6 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
                 " least one label, or use `class_labels=None` to draw without a condition."
             )
         return multi_hot
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # noqa: ANN401 -- diffusers' own
-        """Saves the pipeline as diffusers does; `push_to_hub=True` is refused, since it would upload the whole folder.
-
-        Raises:
-            ValueError: If `push_to_hub` is given.
-        """
-        if kwargs.pop("push_to_hub", False):
-            raise ValueError(
-                "`push_to_hub` must be left out: it would upload whatever lies in the folder; use"
-                " `pipe.push_to_hub(repo_id)`, which uploads the model, its code and its card alone."
-            )
-        super().save_pretrained(save_directory, **kwargs)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool = True,
-        dry_run: bool = False,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-    ) -> Any:  # noqa: ANN401 -- the commit, or the files of a dry run
-        """Uploads this pipeline with its code and a model card, as `iclevr_diffusion.hub.push_to_hub` does.
-
-        It takes the package `iclevr_diffusion`, and a pipeline that `iclevr_diffusion.load_pipeline` has opened.
-        """
-        # By its name, since diffusers asks people to install whatever a published file has an import statement for.
-        hub = importlib.import_module("iclevr_diffusion.hub")
-        return hub.push_to_hub(
-            self,
-            repo_id,
-            private=private,
-            dry_run=dry_run,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-        )
 
     def _denoise(
         self,
@@ -303,35 +223,6 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
                 on_step()
         return [*states, self.unet.unstandardize(sample).cpu()]
 
-    def _to_images(self, pixels: Tensor, output_type: str) -> Images:
-        return self.image_processor.postprocess(pixels, output_type=output_type)
-
-    def _image_seeds(
-        self,
-        num_images: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        seeds: Sequence[int] | int | None,
-    ) -> list[int]:
-        if seeds is not None:
-            if generator is not None:
-                raise ValueError("`seeds` and `generator` must not both be given; `seeds` has one integer an image.")
-            seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-            is_seed = [isinstance(seed, (int, np.integer)) and 0 <= seed < 2**63 for seed in seeds]
-            if len(seeds) != num_images or not all(is_seed):
-                raise ValueError(
-                    f"`seeds` must hold {num_images} integers from 0 to 2**63 - 1, one an image, got {len(seeds)}:"
-                    f" {str(seeds)[:80]}."
-                )
-            return [int(seed) for seed in seeds]
-        if not isinstance(generator, list):
-            device = "cpu" if generator is None else generator.device
-            return torch.randint(2**63 - 1, (num_images,), generator=generator, device=device).tolist()
-        if len(generator) != num_images:
-            raise ValueError(
-                f"`generator` must be one, or a list of {num_images}, one an image; got {len(generator)}."
-            )
-        return [torch.randint(2**63 - 1, (), generator=source, device=source.device).item() for source in generator]
-
     def _check_guidance(
         self, class_labels: object, guidance_scale: float, guidance_interval: tuple[float, float]
     ) -> None:
@@ -386,11 +277,3 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
                     f"`scheduler` must not clip, got {name} with {option}=True: this network's space is not bounded by"
                     f" [-1, 1]; make it by {name}.from_config(pipe.scheduler.config, {option}=False)."
                 )
-
-    @staticmethod
-    def _positive(name: str, value: int | None, default: int) -> int:
-        if value is None:
-            return default
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        return int(value)

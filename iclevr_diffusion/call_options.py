@@ -1,0 +1,34 @@
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+
+def takes(pipeline: DiffusionPipeline, name: str) -> bool:
+    """Says whether the call of a pipeline of this kind has an argument of this name."""
+    return name in inspect.signature(type(pipeline).__call__).parameters
+
+
+def call_options(pipeline: DiffusionPipeline, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Completes arguments of a pipeline's call by those for which it has a default of its own, `default_<name>`.
+
+    Args:
+        pipeline: A pipeline of any kind.
+        options: Arguments by name; None is as good as none.
+
+    Raises:
+        ValueError: If this kind of pipeline has no such argument.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if unknown := [name for name in given if not takes(pipeline, name)]:
+        raise ValueError(
+            f"`options` must be arguments of {type(pipeline).__name__}'s call, got {', '.join(unknown)}; leave out what"
+            " this kind of pipeline does not have."
+        )
+    own = {
+        name.removeprefix("default_"): value
+        for name, value in pipeline.config.items()
+        if name.startswith("default_") and takes(pipeline, name.removeprefix("default_"))
+    }
+    return own | given
