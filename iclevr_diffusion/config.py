@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-LearningRateSchedule = Literal["constant", "linear", "cosine", "warmup-stable-decay"]
+LearningRateSchedule = Literal["constant", "linear", "cosine", "warmup-stable-decay", "milestones"]
 
 
 def option(default: Any, help: str, *, may_change: bool = False) -> Any:  # noqa: ANN401
@@ -42,6 +42,9 @@ class TrainConfig:
     lr_schedule: LearningRateSchedule = option("constant", "course of the learning rate after the warm-up")
     warmup_steps: int = option(0, "steps over which the learning rate rises")
     decay_fraction: float = option(0.2, "last part of warmup-stable-decay, in which the learning rate falls to 0")
+    milestones: tuple[int, ...] = option(
+        (), "steps from which on the learning rate of `milestones` is a tenth as high"
+    )
     log_every: int = option(50, "steps between lines of metrics.jsonl, which hold their means", may_change=True)
     save_every: int = option(1000, "steps between checkpoints; 0 saves at the end alone", may_change=True)
     num_checkpoints: int = option(2, "newest checkpoints to keep", may_change=True)
@@ -56,6 +59,11 @@ class TrainConfig:
             raise ValueError(f"`seed` must lie in [0, 2**32 - 1], got {self.seed}.")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"`max_grad_norm` must be positive or none, got {self.max_grad_norm}.")
+        if (self.lr_schedule == "milestones") != bool(self.milestones):
+            raise ValueError(
+                f"`milestones` must name steps for the schedule `milestones`, and none for another, got"
+                f" {list(self.milestones)} for {self.lr_schedule}."
+            )
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"`decay_fraction` must lie in [0, 1], got {self.decay_fraction}.")
 
@@ -68,6 +76,8 @@ class TrainConfig:
         """
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
+        if self.lr_schedule == "milestones":
+            return 0.1 ** sum(step >= milestone for milestone in self.milestones)
         start = self.warmup_steps
         if self.lr_schedule == "warmup-stable-decay":
             start = max(start, self.max_steps - round(self.decay_fraction * self.max_steps))

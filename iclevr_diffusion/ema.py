@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+SINGULAR_VECTORS = ("._u", "._v")  # as torch.nn.utils.parametrizations.spectral_norm calls its buffers
+
 
 class ExponentialMovingAverage:
     """Averaged copy of a model's parameters and buffers, the weights that one samples from and saves.
@@ -12,8 +14,8 @@ class ExponentialMovingAverage:
     After the n-th optimisation step `average = d * average + (1 - d) * current` with
     `d = min(decay, (1 + n) / (10 + n))`, so that a short run is not held back by its random start. Buffers that hold
     floating point numbers (running statistics of a BatchNorm) are averaged like parameters, because the averaged
-    weights want the statistics of their own activations; others (counters) are copied. The averaging of sampled
-    weights follows *Denoising Diffusion Probabilistic Models* (Ho et al., 2020, https://arxiv.org/abs/2006.11239).
+    weights want the statistics of their own activations; others (counters) are copied, and so are the singular vectors
+    of a spectral norm, of which an average would have lost its length. The averaging of sampled weights follows *Denoising Diffusion Probabilistic Models* (Ho et al., 2020, https://arxiv.org/abs/2006.11239).
 
     Args:
         model: The model to follow, before it is wrapped for several processes or mixed precision.
@@ -40,8 +42,8 @@ class ExponentialMovingAverage:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         averaged: list[Tensor] = []
         current: list[Tensor] = []
-        for ours, theirs in zip(_tensors(self.model), _tensors(model), strict=True):
-            if ours.is_floating_point():
+        for (name, ours), (_, theirs) in zip(_tensors(self.model), _tensors(model), strict=True):
+            if ours.is_floating_point() and not name.endswith(SINGULAR_VECTORS):
                 averaged.append(ours)
                 current.append(theirs)
             else:
@@ -58,6 +60,6 @@ class ExponentialMovingAverage:
         self.model.load_state_dict(state_dict["model"])
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    # Not `state_dict`: wrappers put a prefix before its names, while they leave the order of these alone.
-    return [*model.parameters(), *model.buffers()]
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    # Not by the names of `state_dict`: wrappers put a prefix before them, while they leave the order of these alone.
+    return [*model.named_parameters(), *model.named_buffers()]

@@ -124,3 +124,15 @@ def test_learning_rates_rise_over_the_warm_up_and_fall_as_the_schedule_says(sche
     config = TrainConfig(max_steps=10, warmup_steps=2, lr_schedule=schedule, decay_fraction=0.4)
     assert [config.learning_rate_factor(step) for step in range(10)] == pytest.approx(expected, abs=1e-4)
     assert config.learning_rate_factor(10) == (1 if schedule == "constant" else 0)
+
+
+def test_milestones_divide_the_learning_rate_by_ten_each():
+    config = TrainConfig(lr_schedule="milestones", milestones=(3, 5), warmup_steps=2)
+    factors = [config.learning_rate_factor(step) for step in range(7)]
+    assert factors == pytest.approx([0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("arguments", [{"lr_schedule": "milestones"}, {"milestones": (3,)}])
+def test_milestones_and_their_schedule_go_together(arguments):
+    with pytest.raises(ValueError, match="`milestones` must name steps for the schedule `milestones`"):
+        TrainConfig(**arguments)

@@ -69,3 +69,15 @@ def test_a_restored_average_goes_on_as_the_first_would_have():
 def test_a_decay_outside_its_range_is_refused(decay):
     with pytest.raises(ValueError, match=r"`decay` must lie in \[0, 1\)"):
         ExponentialMovingAverage(make_model(0), decay)
+
+
+def test_the_singular_vectors_of_a_spectral_norm_keep_their_length():
+    model = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(5, 4))
+    ema = ExponentialMovingAverage(model, 0.9)
+    for _ in range(3):
+        model.parametrizations.weight.original.data.normal_()
+        model(torch.zeros(1, 5))  # moves the vectors
+        ema.step(model)
+    for name, buffer in ema.model.named_buffers():
+        assert buffer.norm().item() == pytest.approx(1, abs=1e-5), name
+        assert buffer.equal(dict(model.named_buffers())[name])
