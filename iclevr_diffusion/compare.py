@@ -137,6 +137,8 @@ def compare(args: argparse.Namespace) -> None:
     comparison = Comparison(args.results, out=args.out, readme=args.readme, protocols=args.protocols)
     if not args.check:
         print("Written:", *comparison.write(), sep="\n")
+        for name, reason in comparison.board.left_out.items():
+            print(f"Left out: {name} {reason}.", file=sys.stderr)
     elif stale := comparison.stale_files():
         sys.exit("\n".join(["iclevr-compare: not what the results give; run it again:", *map(str, stale)]))
     else:

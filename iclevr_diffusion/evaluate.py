@@ -163,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluate(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"iclevr-evaluate: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"iclevr-evaluate: interrupted; what was drawn is kept in {args.out}, and the same command goes on.")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Which label sets a pipeline is asked to draw in an evaluation."""
 
+import difflib
 import hashlib
 import json
 import math
@@ -203,9 +204,11 @@ def _crowded_conditions(vocabulary: LabelVocabulary) -> list[tuple[str, ...]]:
 
 def _read_conditions(path: Path, vocabulary: LabelVocabulary) -> list[list[str]]:
     if not path.is_file():
+        nearest = difflib.get_close_matches(str(path), (*PROTOCOLS, MATCHED), n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise FileNotFoundError(
-            f"A protocol must be one of {', '.join(PROTOCOLS)} or a file in the form of test.json; there is no file"
-            f" {path}."
+            f"A protocol must be one of {', '.join((*PROTOCOLS, MATCHED))} or a file in the form of test.json; there is"
+            f" no file {path}.{hint}"
         )
     if path.stem == MATCHED:
         raise ValueError(
