@@ -35,7 +35,7 @@ class NoisePipeline(DiffusionPipeline):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_modules()
+        self.register_to_config()
         self.vocabulary = ICLEVR_LABELS
 
     def encode_labels(self, class_labels: list[list[str]]) -> torch.Tensor:
