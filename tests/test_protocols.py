@@ -232,7 +232,9 @@ def test_a_file_with_the_conditions_of_its_namesake_is_that_protocol(name, tmp_p
 
 
 def test_a_name_that_is_none_is_answered_with_the_names():
-    with pytest.raises(FileNotFoundError, match="one of test, new_test, held-out, all, unseen, crowded or a file"):
+    with pytest.raises(
+        FileNotFoundError, match="one of test, new_test, held-out, all, unseen, crowded, matched or a file"
+    ):
         open_protocol("heldout", COLOURS)
 
 

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -7,27 +8,27 @@ import torch
 from safetensors.torch import load_file
 
 from iclevr_diffusion import load_pipeline
-from iclevr_diffusion.config import parse_config
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "train_scripts"
+SPEC = importlib.util.spec_from_file_location("train_gan", SCRIPTS / "train_gan.py")
+train_gan = sys.modules["train_gan"] = importlib.util.module_from_spec(SPEC)  # where dataclasses look for their module
+SPEC.loader.exec_module(train_gan)
+
 SMALL = {"resolution": 16, "batch_size": 4, "latent_dim": 8, "base_channels": 8, "discriminator_channels": 8}
 
 
 @pytest.fixture
 def train(tiny_dataset, tmp_path, monkeypatch):
     """Runs train_gan.py in this process and returns the folder of its outputs."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.setenv("ICLEVR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    import train_gan
 
     def run(name="run", **arguments):
         config = SMALL | {"data": str(tiny_dataset), "max_steps": 2, "sample_every": 2, "log_every": 1} | arguments
         train_gan.main(train_gan.GANConfig(output_dir=str(tmp_path / name), **config))
         return tmp_path / name
 
-    yield run
-    sys.modules.pop("train_gan", None)
+    return run
 
 
 def weights(folder):
@@ -65,8 +66,6 @@ def test_a_resumed_gan_ends_with_the_weights_of_an_unbroken_one(train):
 
 
 def test_weights_of_a_clipped_critic_stay_small(train, monkeypatch):
-    import train_gan
-
     critics = []
     make = train_gan.DISCRIMINATORS["wgan"]
     monkeypatch.setitem(
@@ -74,17 +73,6 @@ def test_weights_of_a_clipped_critic_stay_small(train, monkeypatch):
     )
     train(discriminator="wgan", loss="wasserstein", clip_weights=0.01)
     assert max(weight.abs().max().item() for weight in critics[0].parameters()) <= 0.01
-
-
-def test_every_recipe_of_a_gan_is_one_of_this_script(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import train_gan
-
-    recipes = [path for path in (SCRIPTS / "recipes").glob("*.yaml") if "discriminator:" in path.read_text()]
-    assert len(recipes) >= 8
-    for path in recipes:
-        config = parse_config(train_gan.GANConfig, ["--config", str(path)])
-        assert config.output_dir == f"outputs/{path.stem}"
 
 
 @pytest.mark.parametrize(

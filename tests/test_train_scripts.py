@@ -49,6 +49,7 @@ def load_script(name):
 
 
 train_ddpm = load_script("train_ddpm")
+train_gan = load_script("train_gan")
 
 
 @pytest.fixture(autouse=True)
@@ -157,8 +158,8 @@ def test_a_judge_scores_validation_labels_and_the_best_pipeline_is_kept(train, t
     assert 1 <= best["measure"].pop("num_conditions") <= 4
     assert best["measure"] == {
         "judge": str(tmp_path / "judge"),
-        "guidance_scale": 2.0,
-        "num_inference_steps": 2,
+        "default_guidance_scale": 2.0,
+        "default_num_inference_steps": 2,
     }
 
 
@@ -332,7 +333,9 @@ def test_a_noise_schedule_that_diffusers_lacks_is_refused(capsys):
 
 @pytest.mark.parametrize("recipe", sorted((SCRIPTS / "recipes").glob("[!j]*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_but_those_of_judges_is_read_and_states_its_hardware(recipe):
-    parse_config(train_ddpm.DDPMConfig, ["--config", str(recipe)])
+    is_gan = "discriminator:" in recipe.read_text()
+    config = parse_config(train_gan.GANConfig if is_gan else train_ddpm.DDPMConfig, ["--config", str(recipe)])
+    assert config.output_dir == f"outputs/{recipe.stem}"
     assert "Hardware:" in recipe.read_text().split("output_dir")[0]
 
 
