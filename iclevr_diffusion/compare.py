@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from iclevr_diffusion.files import write_text
 from iclevr_diffusion.images import save_png
 from iclevr_diffusion.leaderboard import load_system, make_leaderboard
 from iclevr_diffusion.leaderboard_plots import draw_labels, draw_quality_against_speed, draw_samples, open_samples
@@ -84,7 +85,7 @@ class Comparison:
         for path, picture in drawn.items():
             save_png(picture, path, {"inputs_sha256": self.board.inputs_sha256})
         for path, text in self.texts.items():
-            _write_text(path, text)
+            write_text(path, text)
         return [*drawn, *self.texts]
 
     def stale_files(self) -> list[Path]:
@@ -116,13 +117,6 @@ def replace_part(path: Path, part: str) -> str:
         raise ValueError(f"{path} must hold the lines {BEGIN} and {END} once, in this order; add them where it goes.")
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
     return f"{before}{BEGIN}\n\n{part}\n\n{after}"
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Writes a text beside its place and moves it there: a README is never left half written."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(unfinished, path)
 
 
 def _hash_in(path: Path) -> str | None:

@@ -29,6 +29,7 @@ from iclevr_diffusion.cost import measure_cost
 from iclevr_diffusion.data import ImageStore
 from iclevr_diffusion.drawings import Drawings, Unit
 from iclevr_diffusion.environment import describe_environment
+from iclevr_diffusion.files import write_text
 from iclevr_diffusion.images import file_stem, make_grid, make_strip, save_png
 from iclevr_diffusion.inception import InceptionFeatures
 from iclevr_diffusion.judging import Reading, check_judge_labels, read_images, weights_sha256
@@ -168,7 +169,7 @@ class Evaluator:
             self.draw()
             if self.state.is_main_process:
                 results, pictures = self._results(store, no_store_reason)
-                _write_text(path, json.dumps(results, indent=2) + "\n")
+                write_text(path, json.dumps(results, indent=2) + "\n")
                 for name, (picture, metadata) in (pictures | self._pictures()).items():
                     save_png(picture, self.output_dir / name, metadata)
             self.state.wait_for_everyone()
@@ -178,7 +179,7 @@ class Evaluator:
         """Draws all images that the folder does not hold yet."""
         batches = self._pending_batches()
         if self.state.is_main_process:
-            _write_text(self.output_dir / "settings.json", json.dumps(self.settings, indent=2) + "\n")
+            write_text(self.output_dir / "settings.json", json.dumps(self.settings, indent=2) + "\n")
         self.state.wait_for_everyone()
         with self.state.split_between_processes(batches) as own_batches:
             for batch in tqdm(own_batches, desc="Drawing", unit="batch", disable=not self.state.is_main_process):
@@ -214,7 +215,7 @@ class Evaluator:
                 "name": self.pipeline_name,
                 "class": type(self.pipeline).__name__,
                 "weights_sha256": self.settings["weights_sha256"],
-                "num_parameters": sum(weight.numel() for model in self._networks for weight in model.parameters()),
+                "num_parameters": self._num_parameters,
                 "label_names": None if self.vocabulary is None else list(self.vocabulary.names),
                 "data_sha256": self.facts["data_sha256"],
                 "trained_on_held_out": None if self.facts["split"] is None else self.facts["split"] == "all",
@@ -371,12 +372,16 @@ class Evaluator:
             "device": self.pipeline.device.type,
             "dtype": self.settings["dtype"],
             "num_threads": torch.get_num_threads(),
-            "num_parameters": sum(weight.numel() for model in self._networks for weight in model.parameters()),
+            "num_parameters": self._num_parameters,
         }
 
     @property
     def _networks(self) -> list[nn.Module]:
         return [model for _, model in sorted(self.pipeline.components.items()) if isinstance(model, nn.Module)]
+
+    @property
+    def _num_parameters(self) -> int:
+        return sum(weight.numel() for model in self._networks for weight in model.parameters())
 
     def _settings(self) -> dict[str, Any]:
         scheduler = None
@@ -531,12 +536,8 @@ class Evaluator:
         return [part[start : start + size] for part in pending for start in range(0, len(part), size)]
 
     def _has_strip(self, unit: Unit) -> bool:
-        return (
-            takes(self.pipeline, "num_states")
-            and unit.protocol != MATCHED
-            and unit.replicate == 0
-            and unit.position < NUM_PICTURED
-        )
+        # What is quick to tell comes first: this is asked of every image.
+        return self._is_pictured(unit) and unit.protocol != MATCHED and takes(self.pipeline, "num_states")
 
     def _draw_batch(self, batch: list[Unit]) -> None:
         conditions = [self.protocols[unit.protocol].conditions[unit.position] for unit in batch]
@@ -545,9 +546,7 @@ class Evaluator:
         # A strip of ten states and the image; few-step samplers have fewer.
         num_states = min(10, self.options.get("num_inference_steps", 10)) if keeps_states else 0
         states = {"num_states": num_states} if keeps_states else {}
-        begin = time.perf_counter()
         output = self._call(conditions, seeds, micro_batch_size=self.micro_batch_size, **states)
-        seconds = time.perf_counter() - begin
         images = getattr(output, "images", output)
         self._check_images(images, len(batch))
         pixel_values = _to_uint8(images)
@@ -561,7 +560,7 @@ class Evaluator:
             pixel_values.transpose(0, 3, 1, 2),
             labels=conditions,
             seeds=seeds,
-            record={"time": time.time(), "seconds": seconds, "environment": self._environment},
+            record={"time": time.time(), "environment": self._environment},
             process_index=self.state.process_index,
         )
 
@@ -655,7 +654,7 @@ class Evaluator:
             metadata = {"labels": conditions, "model": self.pipeline_name}
             grid = make_grid([images[unit] for unit in units], ["\n".join(labels) for labels in conditions])
             pictures[f"{name}_grid.png"] = grid, metadata
-            if not pictures.keys() & {"samples.png"}:
+            if "samples.png" not in pictures:
                 row = [images[unit] for unit in units[:NUM_SAMPLES]]
                 pictures["samples.png"] = make_strip(row), metadata | {"labels": conditions[:NUM_SAMPLES]}
             if self._has_strip(units[0]):
@@ -699,11 +698,3 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Writes a file that is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from iclevr_diffusion.checkpoint import Stateful, load_checkpoint, newest_checkpoint, read_manifest, save_checkpoint
 from iclevr_diffusion.config import TrainConfig
 from iclevr_diffusion.environment import describe_environment
+from iclevr_diffusion.files import write_text
 
 
 class Batches(Protocol):
@@ -377,7 +378,7 @@ class TrainingRun:
         if score > best.get("score", -math.inf):
             self.save_pipeline(pipeline, "best_pipeline")
             if self.accelerator.is_main_process:
-                _write_text(record, json.dumps({"step": self.step, "score": score, "measure": measure}) + "\n")
+                write_text(record, json.dumps({"step": self.step, "score": score, "measure": measure}) + "\n")
 
     def finish(self) -> None:
         """Ends trackers and leaves the group of processes; the last call of a script."""
@@ -480,7 +481,7 @@ class TrainingRun:
                 kept += [line] if json.loads(line)["step"] <= self.step else []
             except ValueError:  # torn by a crash; the steps of a checkpoint come before it
                 break
-        _write_text(path, "".join(f"{line}\n" for line in kept))
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
     def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any]]:
         """Returns the newest whole checkpoint and its manifest, which the main process looks for."""
@@ -524,25 +525,18 @@ class TrainingRun:
     def _describe(self) -> None:
         recipe = yaml.safe_dump(_plain(self.config), sort_keys=False)
         for name, text in {"config.yaml": recipe, **self._descriptions}.items():
-            _write_text(self.output_dir / name, text)
+            write_text(self.output_dir / name, text)
         if self.step < self.config.max_steps:
             path = self.output_dir / "environment.json"
             launches = json.loads(path.read_text()) if path.exists() else []
             launch = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": [sys.executable, *sys.argv]}
             launch |= describe_environment(self.accelerator.device, self.accelerator.num_processes)
-            _write_text(path, json.dumps([*launches, launch], indent=2) + "\n")
+            write_text(path, json.dumps([*launches, launch], indent=2) + "\n")
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
     """Returns the fields as YAML reads them back: tuples are lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Writes a file that is whole or absent."""
-    staging = path.with_name(f".{path.name}.staging")
-    staging.write_text(text)
-    os.replace(staging, path)
 
 
 def load_weights(model: ModelMixin, folder: str | Path, label_names: Sequence[str] | None = None) -> None:
