@@ -32,6 +32,11 @@ class TrainConfig:
     output_dir: str = option("outputs", "folder of everything that the run writes", may_change=True)
     seed: int = option(0, "decides initial weights, data order, noise")
     max_steps: int = option(2000, "optimisation steps; a resumed run may take more where the schedule so far agrees")
+    max_minutes: float | None = option(
+        None,
+        "minutes after which a run ends early, those before it was resumed counted in; none is no limit",
+        may_change=True,
+    )
     batch_size: int = option(64, "images a process and micro-step")
     gradient_accumulation_steps: int = option(1, "micro-steps whose gradients are averaged for one optimisation step")
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
@@ -57,8 +62,10 @@ class TrainConfig:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"`seed` must lie in [0, 2**32 - 1], got {self.seed}.")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"`max_grad_norm` must be positive or none, got {self.max_grad_norm}.")
+        for name in ("max_minutes", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive or none, got {value}.")
         if (self.lr_schedule == "milestones") != bool(self.milestones):
             raise ValueError(
                 f"`milestones` must name steps for the schedule `milestones`, and none for another, got"

@@ -136,6 +136,9 @@ class TrainingRun:
         # `accelerate launch` does not pass SIGTERM on, so that its end must be noticed; it always sets this variable.
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
         self._origin, self._manifest = self._find_checkpoint()
+        self._seconds_before = self._manifest["facts"].get("seconds", 0.0)  # of training, when it was resumed
+        self._started = time.perf_counter()
+        self._time_is_up = False
         self._check_recipe()
         self.pin(seed=config.seed, num_processes=self.accelerator.num_processes)
         if self.accelerator.is_main_process:
@@ -246,7 +249,7 @@ class TrainingRun:
         """Yields the batches that are still to be trained on, one a micro-step, and does all that lies between them.
 
         It resumes from the newest whole checkpoint, counts `step`, writes metrics and checkpoints and ends at
-        `max_steps`. On SIGINT or SIGTERM it finishes the step, saves and leaves the program with code 128 + signal.
+        `max_steps`, or after `max_minutes` in this loop, samples and scores included. On SIGINT or SIGTERM it finishes the step, saves and leaves the program with code 128 + signal.
         """
         config, accelerator = self.config, self.accelerator
         self._resume()
@@ -261,10 +264,11 @@ class TrainingRun:
             disable=not accelerator.is_main_process,
         )
         first_step = self.step
-        started = time.perf_counter()
+        self._started = started = time.perf_counter()
         self._window = (self.step, started)
+        self._time_is_up = self._seconds_before >= self._seconds_allowed
         with self._catch_signals(), bar:
-            while self.step < config.max_steps and not self._stopping:
+            while self.step < config.max_steps and not self._stopping and not self._time_is_up:
                 self.step += 1
                 for i in range(config.gradient_accumulation_steps):
                     micro_step = (self.step - 1) * config.gradient_accumulation_steps + i
@@ -273,7 +277,7 @@ class TrainingRun:
                     with accelerator.accumulate(*self._models):
                         yield batch
                 bar.update(images)
-                finished = self.step == config.max_steps or self._stopping
+                finished = self.step == config.max_steps or self._stopping or self._time_is_up
                 saving = finished or (config.save_every > 0 and self.step % config.save_every == 0)
                 if saving or self._numbers or self.step % config.log_every == 0:
                     line = self._write_metrics(images)
@@ -284,7 +288,9 @@ class TrainingRun:
                     started = time.perf_counter()  # the first step also warms up
                 elif self.step == first_step + 5 and not finished:
                     self._announce((time.perf_counter() - started) / 4, images)
-            if self._stopping and self.step < config.max_steps:
+            if self._time_is_up and self.step < config.max_steps:
+                self.print(f"`max_minutes` are over after step {self.step} of {config.max_steps}.")
+            elif self._stopping and self.step < config.max_steps:
                 self.print(
                     f"Stopped after step {self.step} of {config.max_steps} and saved in {self.checkpoints}; the same"
                     " command goes on from there."
@@ -315,8 +321,11 @@ class TrainingRun:
         bad_gradient = ~torch.isfinite(grad_norm)
         # One small sum over the processes and one look at it a step answers all that they must agree on.
         leaving = self._signal or (self._launcher is not None and os.getppid() != self._launcher)
-        flags = torch.stack([self._bad_loss, bad_gradient.float(), torch.full_like(self._bad_loss, leaving)])
-        bad_loss, bad_gradient, stop = accelerator.reduce(flags).tolist()
+        late = self._seconds() >= self._seconds_allowed
+        asked = [torch.full_like(self._bad_loss, flag) for flag in (leaving, late)]
+        bad_loss, bad_gradient, stop, late = accelerator.reduce(
+            torch.stack([self._bad_loss, bad_gradient.float(), *asked])
+        ).tolist()
         # A scaler looks for overflows itself, skips the step and lowers the scale; below 1 it no longer helps.
         overflow = bad_gradient and accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
         if bad_loss or (bad_gradient and not overflow):
@@ -326,7 +335,7 @@ class TrainingRun:
                 " lower `learning_rate` or `max_grad_norm`, a longer warm-up or mixed_precision bf16 or no, in another"
                 f" `output_dir`; checkpoints up to step {self._saved_step()} are in {self.checkpoints}."
             )
-        self._stopping = bool(stop)
+        self._stopping, self._time_is_up = bool(stop), bool(late)
         if not bad_gradient:
             self.log(**{f"grad_norm_{name}" if name else "grad_norm": grad_norm})
 
@@ -389,6 +398,14 @@ class TrainingRun:
         """Returns a prepared model without what processes and compilation put around it."""
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
+    @property
+    def _seconds_allowed(self) -> float:
+        return math.inf if self.config.max_minutes is None else 60 * self.config.max_minutes
+
+    def _seconds(self) -> float:
+        """Returns the seconds that the loop has taken, in all the processes that went on from one another."""
+        return self._seconds_before + time.perf_counter() - self._started
+
     def _seed(self, micro_step: int) -> None:
         text = f"{self.config.seed} {micro_step} {self.accelerator.process_index}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
@@ -411,7 +428,7 @@ class TrainingRun:
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            facts = {**self._facts, "config": _plain(self.config)}
+            facts = {**self._facts, "seconds": self._seconds(), "config": _plain(self.config)}
             save_checkpoint(self.checkpoints, self.step, self._objects, facts, num_kept=self.config.num_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -445,7 +462,7 @@ class TrainingRun:
 
     def _announce(self, seconds_a_step: float, images: int) -> None:
         remaining = self.config.max_steps - self.step
-        seconds = remaining * seconds_a_step
+        seconds = min(remaining * seconds_a_step, self._seconds_allowed - self._seconds())
         duration = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
         duration = duration if seconds < 6000 else f"{seconds / 3600:.1f} hours"
         self.print(

@@ -209,6 +209,38 @@ def test_a_stop_that_is_agreed_skips_what_would_delay_the_checkpoint(tmp_path):
     assert seen == [(1, False, True), (2, False, True), (3, True, False)]
 
 
+@pytest.fixture
+def steps_of_a_minute(monkeypatch):
+    """Has the clock stand still but for a minute a step."""
+    clock = [1000.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+
+    def loss_of(run, model, loss):
+        clock[0] += 60
+        return loss
+
+    return loss_of
+
+
+def test_a_run_ends_whole_when_its_minutes_are_over(tmp_path, capfd, steps_of_a_minute):
+    config = make_config(tmp_path, max_minutes=3.0)
+    run, _, _ = train(config, loss_of=steps_of_a_minute)
+    assert run.step == read_manifest(newest_checkpoint(run.checkpoints))["step"] == 3
+    assert "`max_minutes` are over after step 3 of 6" in capfd.readouterr().err
+    again, _, _ = train(config, loss_of=steps_of_a_minute)
+    assert again.step == 3 and [line["step"] for line in lines(tmp_path)] == [2, 3]
+
+
+def test_minutes_before_a_run_was_resumed_count_and_more_may_be_given(tmp_path, steps_of_a_minute):
+    with pytest.raises(RuntimeError):
+        train(make_config(tmp_path, max_minutes=5.0), on_step=fail(4), loss_of=steps_of_a_minute)
+    resumed, _, _ = train(make_config(tmp_path, max_minutes=3.0), loss_of=steps_of_a_minute)
+    assert resumed.step == 3  # the checkpoint is that of step 2, so one of its minutes was left
+    whole, _, _ = train(make_config(tmp_path, max_minutes=None), loss_of=steps_of_a_minute)
+    unbroken, _, _ = train(make_config(tmp_path / "unbroken"), loss_of=steps_of_a_minute)
+    assert whole.step == 6 and hashes(whole) == hashes(unbroken)
+
+
 def test_ctrl_c_pressed_twice_aborts_at_once(tmp_path, monkeypatch):
     times = iter([10.0, 12.0])
     monkeypatch.setattr("iclevr_diffusion.training.time.monotonic", lambda: next(times))
