@@ -154,6 +154,7 @@ def render_card(
         eval_results=[_eval_result(row, is_pipeline=bool(index)) for row in rows if row["value"] is not None] or None,
     )
     num_values, dtypes = _count_weights(networks)
+    num_channels = config.get("out_channels", config.get("in_channels", 3))
     card = ModelCard.from_template(
         card_data,
         template_path=str(_template()),
@@ -163,9 +164,11 @@ def render_card(
         is_pipeline=bool(index),
         class_name=class_name,
         component_class=config["_class_name"],
+        maps_images="generator_a_to_b" in index,
         scheduler_class=index.get("scheduler", [None, None])[1],
         prediction_type=config.get("prediction_type"),
         image_size=image_size,
+        channels={1: "grey", 3: "RGB"}.get(num_channels, f"{num_channels} channels"),
         label_names=label_names,
         num_values=num_values,
         dtypes=dtypes,

@@ -89,7 +89,7 @@ class Evaluator:
         micro_batch_size: Images that go through the network at once.
         pipeline_name: What the results call the pipeline.
         judges_used_in_training: Names of the judges that also taught the pipeline, whose scores are not independent;
-            there must be others. The judge that `training_facts` names is one of them by itself.
+            there must be others. The judges that `training_facts` names are among them by themselves.
         training_facts: What the pipeline was trained on, as `iclevr_diffusion.hub.training_facts` gives it.
         inception: `InceptionFeatures`, where FID and KID are wanted beside the distances in the judges' features.
     """
@@ -118,12 +118,12 @@ class Evaluator:
             raise ValueError("`protocols` must hold at least one protocol, got none.")
         if repeated := [name for name, n in Counter(protocol.name for protocol in protocols).items() if n > 1]:
             raise ValueError(f"`protocols` must have distinct names, got {repeated[0]!r} more than once.")
-        facts = {"conditions": None, "data_sha256": None, "split": None, "judge": None} | dict(training_facts or {})
+        facts = {"conditions": None, "data_sha256": None, "split": None, "judges": None} | dict(training_facts or {})
         if strangers := sorted(set(judges_used_in_training) - set(judges)):
             raise ValueError(
                 f"`judges_used_in_training` must name some of the judges {list(judges)}, got {strangers}."
             )
-        used = {*judges_used_in_training} | ({facts["judge"]} & judges.keys())
+        used = {*judges_used_in_training} | (set(facts["judges"] or ()) & judges.keys())
         if used == judges.keys():
             raise ValueError(
                 f"`judges` must hold one that had no part in the training, got {sorted(used)} alone, which had; a judge"
@@ -132,6 +132,11 @@ class Evaluator:
         self.state = PartialState()
         self.pipeline = pipeline
         self.vocabulary = getattr(pipeline, "vocabulary", None)
+        if self.vocabulary is None and not takes(pipeline, "num_images"):
+            raise ValueError(
+                f"`pipeline` must draw images of labels or `num_images` of them, got a {type(pipeline).__name__}; one"
+                " that maps images is looked at with iclevr-picture translation."
+            )
         self.protocols = {protocol.name: protocol for protocol in protocols}
         self._check_protocols()
         self._check_judges(judges)

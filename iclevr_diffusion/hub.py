@@ -23,18 +23,33 @@ from iclevr_diffusion.card import describe_training, render_card
 from iclevr_diffusion.models.cgan import CGANEmbeddingGenerator, CGANGenerator
 from iclevr_diffusion.models.classifier import LabelClassifier
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+from iclevr_diffusion.models.cyclegan import CycleGANGenerator
 from iclevr_diffusion.models.dcgan import DCGANGenerator
 from iclevr_diffusion.models.sagan import SAGANGenerator
 from iclevr_diffusion.models.unet_multilabel import MultiLabelUNet2DModel
+from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
+from iclevr_diffusion.models.vae_multilabel import MultiLabelVAE
+from iclevr_diffusion.pipelines.labelled_pipeline import LabelledPipeline
 from iclevr_diffusion.pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline
 from iclevr_diffusion.pipelines.pipeline_conditional_gan import ConditionalGANPipeline
+from iclevr_diffusion.pipelines.pipeline_conditional_vae import ConditionalVAEPipeline
+from iclevr_diffusion.pipelines.pipeline_cyclegan import CycleGANPipeline
 
 DEFAULT_PIPELINE = "conditional-ddpm-tiny-rendered"
 DEFAULT_JUDGES = ("judge-small", "judge-resnet18-half")
 
 # What a folder may ask for by name; beside these only diffusers' own schedulers.
-PIPELINE_CLASSES = (ConditionalDDPMPipeline, ConditionalGANPipeline)
-MODEL_CLASSES = (MultiLabelUNet2DModel, DCGANGenerator, SAGANGenerator, CGANGenerator, CGANEmbeddingGenerator)
+PIPELINE_CLASSES = (ConditionalDDPMPipeline, ConditionalGANPipeline, ConditionalVAEPipeline, CycleGANPipeline)
+MODEL_CLASSES = (
+    MultiLabelUNet2DModel,
+    SmallMultiLabelUNet,
+    DCGANGenerator,
+    SAGANGenerator,
+    CGANGenerator,
+    CGANEmbeddingGenerator,
+    MultiLabelVAE,
+    CycleGANGenerator,
+)
 JUDGE_CLASSES = (LabelClassifier, SmallLabelClassifier)
 
 EXPORT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -66,7 +81,7 @@ def load_pipeline(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-) -> ConditionalDDPMPipeline:
+) -> LabelledPipeline:
     """Opens a pipeline from a training folder, a published folder or a hub, without running any code that lies there.
 
     The pipeline is built from this package's own classes; the folder only gives their configurations and safetensors.
@@ -121,7 +136,7 @@ def training_facts(path_or_repo: str | Path | None = None, *, revision: str | No
     Returns:
         `conditions`, the distinct label sets of the training images as a list of tuples of names; `data_sha256`, the
         fingerprint of the data set that they are a part of (`ImageStore.sha256`); `split`, which part, where `all` held
-        nothing out; and `judge`, the name of the judge that scored the run on its way. None for what is not known.
+        nothing out; and `judges`, the names of those that scored the run on its way or taught it. None for what is not known.
 
     Raises:
         ValueError: If there is no such pipeline, or one of the files is not of the right form.
@@ -136,7 +151,7 @@ def training_facts(path_or_repo: str | Path | None = None, *, revision: str | No
     else:
         folder = folder.resolve().parent
         if not (folder / "config.yaml").is_file():  # whatever lies there is not a run's
-            return {"conditions": None, "data_sha256": None, "split": None, "judge": None}
+            return {"conditions": None, "data_sha256": None, "split": None, "judges": None}
         record = folder / "data.json"
         training = _data_of_run(folder) | {
             "config": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -146,12 +161,13 @@ def training_facts(path_or_repo: str | Path | None = None, *, revision: str | No
     if data_sha256 is not None and not is_hash:
         raise ValueError(f"{record} must name the images by a SHA-256 of 64 digits, got {data_sha256!r:.100}.")
     config = training.get("config")
-    judge = config.get("judge") if isinstance(config, dict) else None
+    config = config if isinstance(config, dict) else {}
+    judges = [Path(config[key]).name for key in ("judge", "evaluator") if isinstance(config.get(key), str)]
     return {
         "conditions": _read_conditions(folder / "conditions.json"),
         "data_sha256": data_sha256,
         "split": training.get("split"),
-        "judge": Path(judge).name if isinstance(judge, str) else None,
+        "judges": sorted(set(judges)) or None,
     }
 
 
@@ -170,7 +186,7 @@ def open_judge(path_or_repo: str | Path) -> LabelClassifier | SmallLabelClassifi
 
 
 def export_pipeline(
-    pipeline: ConditionalDDPMPipeline,
+    pipeline: LabelledPipeline,
     folder: str | Path,
     *,
     facts: str | Path | Mapping[str, Any] | None = None,
@@ -339,7 +355,7 @@ def write_card(
 
 
 def push_to_hub(
-    pipeline: ConditionalDDPMPipeline | LabelClassifier | SmallLabelClassifier | str | Path,
+    pipeline: LabelledPipeline | LabelClassifier | SmallLabelClassifier | str | Path,
     repo_id: str,
     *,
     private: bool = True,

@@ -95,6 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
         pipeline = open_pipeline(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if pipeline.vocabulary is None:
+            raise ValueError(
+                f"`pipeline` must draw images of labels, got a {type(pipeline).__name__} that knows none;"
+                " iclevr-picture shows what it draws."
+            )
         files = draw(pipeline, read_prompts(args.prompts, args.prompt_file, pipeline.vocabulary), args)
     except (ValueError, OSError) as error:
         sys.exit(f"iclevr-sample: {error}")

@@ -38,13 +38,7 @@ class Batches(Protocol):
         ...
 
 
-class Average(Stateful, Protocol):
-    """An `ExponentialMovingAverage`, as far as a run looks at it."""
-
-    model: nn.Module
-
-
-Tracked = TypeVar("Tracked", bound=Average)
+Tracked = TypeVar("Tracked", bound=Stateful)
 
 
 class _StandardError:
@@ -239,11 +233,12 @@ class TrainingRun:
         """Makes the configuration's learning rate schedule for an optimizer."""
         return torch.optim.lr_scheduler.LambdaLR(optimizer, self.config.learning_rate_factor)
 
-    def track(self, ema: Tracked, name: str = "ema") -> Tracked:
-        """Moves an average to the run's device, puts it into checkpoints and returns it."""
-        ema.model.to(self.accelerator.device)
-        self._objects[name] = ema
-        return ema
+    def track(self, item: Tracked, name: str = "ema") -> Tracked:
+        """Puts an average, or what else has a state, into checkpoints and returns it; its `model` goes to the device."""
+        if isinstance(model := getattr(item, "model", None), nn.Module):
+            model.to(self.accelerator.device)
+        self._objects[name] = item
+        return item
 
     def batches(self, loader: Batches) -> Iterator[dict[str, Tensor]]:
         """Yields the batches that are still to be trained on, one a micro-step, and does all that lies between them.

@@ -17,7 +17,9 @@ class DataConfig(TrainConfig):
     """What a run on labelled images is told about them."""
 
     data: str | None = option(
-        None, "folder in the course's layout, or ICLEVR_ROOT for that variable's; none renders", may_change=True
+        None,
+        "folder in the course's layout, ICLEVR_ROOT for that variable's, digits or mnist; none renders",
+        may_change=True,
     )
     num_scenes: int = option(3000, "scenes to render where no data are given, each of one to three images")
     split: Literal["train", "all"] = option("train", "`all` holds nothing out, and marks the outputs")
@@ -44,6 +46,7 @@ class TrainingData:
         store: All images.
         indices: Positions of the images to train on.
         loader: The batches of this process.
+        validation_indices: Positions of the validation images, without what is held out; a small data set can have none.
         validation_conditions: Distinct label sets of the validation images, without what is held out; those of the
             training images where a small data set has no validation images.
 
@@ -85,8 +88,8 @@ class TrainingData:
             process_index=accelerator.process_index,
         )
         seen = self.store.conditions(self.indices)
-        validation_indices = self._without(hold_out, self.store.indices("validation"))
-        self.validation_conditions = self.store.conditions(validation_indices) or seen
+        self.validation_indices = self._without(hold_out, self.store.indices("validation"))
+        self.validation_conditions = self.store.conditions(self.validation_indices) or seen
         facts = {"data": self.store.sha256, "split": config.split, "num_images": len(self.indices)}
         left_out = None
         if hold_out is not None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iclevr_diffusion import ICLEVR_LABELS, LabelVocabulary, evaluate, hub, sample
+from iclevr_diffusion import ICLEVR_LABELS, CycleGANGenerator, CycleGANPipeline, LabelVocabulary, evaluate, hub, sample
 from iclevr_diffusion.command_line import make_scheduler
 from iclevr_diffusion.data import open_store
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
@@ -311,3 +311,11 @@ def test_help_says_which_pipeline_is_the_default(command, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         command.main(["--help"])
     assert "conditional-ddpm-tiny-rendered" in capsys.readouterr().out
+
+
+def test_a_pipeline_that_maps_images_draws_no_prompts(tmp_path):
+    networks = [CycleGANGenerator(16, block_out_channels=(8, 8), num_residual_blocks=1) for _ in range(2)]
+    CycleGANPipeline(*networks).save_pretrained(tmp_path / "cyclegan")
+    which = ["--pipeline", str(tmp_path / "cyclegan"), "--device", "cpu"]
+    with pytest.raises(SystemExit, match="must draw images of labels, got a CycleGANPipeline that knows none"):
+        sample.main([*which, "red cube", "--out", str(tmp_path / "samples")])

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from filelock import FileLock
 from PIL import Image
 
-from iclevr_diffusion import ICLEVR_LABELS, LabelVocabulary, evaluate, evaluation
+from iclevr_diffusion import ICLEVR_LABELS, CycleGANGenerator, CycleGANPipeline, LabelVocabulary, evaluate, evaluation
 from iclevr_diffusion.drawings import Drawings, Unit
 from iclevr_diffusion.evaluation import Evaluator, image_seed
 from iclevr_diffusion.judging import read_images
@@ -345,7 +345,7 @@ def test_settings_of_an_evaluation_that_drew_nothing_do_not_bind_the_next(make_e
         ({"judges": {"large": make_judge(image_size=32)}}, r"`judges\['large'\]` must judge 16-pixel images"),
         ({"judges_used_in_training": ["nobody"]}, r"must name some of the judges \['judge'\], got \['nobody'\]"),
         ({"judges_used_in_training": ["judge"]}, r"had no part in the training, got \['judge'\] alone"),
-        ({"training_facts": {"judge": "judge"}}, r"had no part in the training, got \['judge'\] alone"),
+        ({"training_facts": {"judges": ["judge"]}}, r"had no part in the training, got \['judge'\] alone"),
         ({"training_facts": {"conditions": [["zebra"]]}}, "`training_facts`, conditions: .*'zebra'"),
         ({"options": {"seeds": [1]}}, "`options` must leave out what the evaluation decides itself, got seeds"),
     ],
@@ -358,7 +358,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_drawn(make_evalu
 
 def test_the_judge_that_watched_the_training_is_marked_by_itself(make_evaluator):
     judges = {"judge": make_judge(), "other": make_judge(seed=1)}
-    results = make_evaluator(judges=judges, num_seeds=1, training_facts={"judge": "other"}).run()
+    results = make_evaluator(judges=judges, num_seeds=1, training_facts={"judges": ["other"]}).run()
     assert results["judges_used_in_training"] == ["other"]
 
 
@@ -632,3 +632,9 @@ def test_a_killed_evaluation_goes_on_and_ends_like_an_unbroken_one(evaluate_argu
     assert any(drawings.glob("*.parquet")) and not (tmp_path / "killed" / "results.json").exists()
     evaluate.main(command[3:])
     assert read_scores(tmp_path / "killed") == read_scores(tmp_path / "unbroken")
+
+
+def test_a_pipeline_that_maps_images_is_not_scored(tmp_path):
+    networks = [CycleGANGenerator(16, block_out_channels=(8, 8), num_residual_blocks=1) for _ in range(2)]
+    with pytest.raises(ValueError, match="got a CycleGANPipeline; one that maps images is looked at with iclevr-pic"):
+        Evaluator(CycleGANPipeline(*networks), {"judge": make_judge()}, (FIRST,), tmp_path)

@@ -601,7 +601,7 @@ def test_a_card_tells_recipe_machine_and_duration_of_the_run_but_no_path(
 
 
 SEEN = [["red cube"], ["red cube", "blue sphere"]]
-UNKNOWN = {"conditions": None, "data_sha256": None, "split": None, "judge": None}
+UNKNOWN = {"conditions": None, "data_sha256": None, "split": None, "judges": None}
 
 
 @pytest.fixture
@@ -647,10 +647,10 @@ def test_a_runs_pipeline_has_seen_what_lies_beside_it(
     pipeline.save_pretrained(run / "best_pipeline")
     facts = training_facts(run / "best_pipeline")
     assert facts["conditions"] == list(map(tuple, SEEN)) and facts["data_sha256"] == "a" * 64
-    assert facts["judge"] is None
-    (run / "config.yaml").write_text("batch_size: 8\njudge: outputs/my_judge\n")
+    assert facts["judges"] is None
+    (run / "config.yaml").write_text("batch_size: 8\njudge: outputs/my_judge\nevaluator: a_teacher\n")
     facts = training_facts(run / "best_pipeline")
-    assert facts["judge"] == "my_judge"
+    assert facts["judges"] == ["a_teacher", "my_judge"]
     monkeypatch.chdir(run / "best_pipeline")
     assert training_facts(".") == facts
     (run / "config.yaml").unlink()  # then it is the folder of no run

@@ -13,7 +13,7 @@ from iclevr_diffusion import ConditionalDDPMPipeline, MultiLabelUNet2DModel
 from iclevr_diffusion.checkpoint import load_checkpoint, save_checkpoint
 from iclevr_diffusion.models.cyclegan import CycleGANDiscriminator, CycleGANGenerator, ImagePool
 from iclevr_diffusion.models.unet_small import ResidualBlock, SmallMultiLabelUNet
-from iclevr_diffusion.models.vae_multilabel import MultiLabelVAE
+from iclevr_diffusion.models.vae_multilabel import MultiLabelVAE, logits_to_images
 
 
 def make_unet(**kwargs) -> SmallMultiLabelUNet:
@@ -407,7 +407,7 @@ def test_the_vae_of_digits_has_as_many_parameters_as_the_reports_layers():
 def test_the_vae_of_convolutions_has_the_shapes_and_as_many_parameters_as_its_layers():
     with torch.device("meta"):
         vae = MultiLabelVAE(latent_dim=60, num_classes=24, sample_size=64)
-        names = [f"encoder.{i}" for i in (2, 5, 8, 11, 13)] + [f"decoder.{i}" for i in (1, 5, 8, 11, 13)]
+        names = [f"encoder.{i}" for i in (2, 5, 8, 11, 13)] + [f"decoder.{i}" for i in (1, 5, 8, 11, 12)]
         shapes = stages_of(vae, lambda: vae(torch.zeros(1, 3, 64, 64), torch.zeros(1, 24)), names)
     assert shapes[:5] == [(32, 32, 32), (64, 16, 16), (128, 8, 8), (256, 4, 4), (120,)]
     assert shapes[5:] == [(256, 4, 4), (128, 8, 8), (64, 16, 16), (32, 32, 32), (3, 64, 64)]
@@ -421,19 +421,32 @@ def test_the_vae_decodes_latents_drawn_by_mean_and_variance(architecture):
     vae = make_vae(architecture=architecture).eval()
     images, class_labels = images_for(vae), torch.eye(5)[:2]
     torch.manual_seed(3)
-    decoded, mean, logvar = vae(images, class_labels)
+    logits, mean, log_variance = vae(images, class_labels)
     torch.manual_seed(3)
     noise = torch.randn(2, 4)
-    assert_close((mean, logvar), vae.encode(images, class_labels))
-    assert_close(decoded, vae.decode(mean + logvar.exp().sqrt() * noise, class_labels))
-    assert decoded.abs().max() <= 1
+    assert_close((mean, log_variance), vae.encode(images, class_labels))
+    decoded = vae.decode(mean + log_variance.exp().sqrt() * noise, class_labels)
+    assert_close(2 * logits.sigmoid() - 1, decoded)
+    assert_close(logits_to_images(logits), decoded)
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "conv"])
+def test_the_vaes_encoder_sees_standardized_images(architecture):
+    vae = make_vae(architecture=architecture).eval()
+    images, class_labels = images_for(vae), torch.eye(5)[:2]
+    expected = vae.encode(images, class_labels)
+    vae.set_data_statistics(torch.full((1, 16, 16), 0.5).numpy(), 0.25)
+    assert_close(vae.encode(images * 0.25 + 0.5, class_labels), expected)
+    for mean, std in ((torch.zeros(1), 1.0), (torch.zeros(1, 16, 16), 0.0)):
+        with pytest.raises(ValueError, match=r"`mean` must have shape \(1, 16, 16\) and `std` be positive"):
+            vae.set_data_statistics(mean, std)
 
 
 @pytest.mark.parametrize("architecture", ["mlp", "conv"])
 def test_the_vae_draws_in_the_range_of_images(architecture):
     vae = make_vae(architecture=architecture)
     last = [layer for layer in vae.decoder if hasattr(layer, "bias")][-1]
-    nn.init.constant_(last.bias, 5.0)
+    nn.init.constant_(last.bias, 10.0)
     pixels = vae.decode(torch.zeros(2, 4), torch.eye(5)[:2])
     assert 0.99 < pixels.mean() <= 1 and pixels.max() <= 1
 

@@ -69,7 +69,7 @@ class BatchLoader:
         """Returns batch `step`, counted from 0, of this process.
 
         Returns:
-            `pixel_values`, uint8 (batch_size, 3, H, W), for `normalize`, and `class_labels`, float32 (batch_size,
+            `pixel_values`, uint8 (batch_size, C, H, W), for `normalize`, and `class_labels`, float32 (batch_size,
             num_classes) of 0 and 1, both on the device.
         """
         rows = self._rows(step)

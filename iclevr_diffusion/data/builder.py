@@ -8,7 +8,7 @@ from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
 from iclevr_diffusion.data.folder import IclevrFolder
-from iclevr_diffusion.data.split import SPLITS, scene_of_file, split_of_scene
+from iclevr_diffusion.data.split import SPLITS, split_of_scene
 from iclevr_diffusion.labels import LabelVocabulary
 
 
@@ -73,8 +73,8 @@ class IclevrBuilder(datasets.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         rows: dict[str, list[int]] = {split: [] for split in SPLITS}
-        for i, file_name in enumerate(self.folder.file_names):
-            rows[split_of_scene(scene_of_file(file_name))].append(i)
+        for i, scene in enumerate(self.folder.scenes.tolist()):
+            rows[split_of_scene(scene)].append(i)
         return [
             datasets.SplitGenerator(name=split.replace("-", "_"), gen_kwargs={"rows": rows[split]})
             for split in SPLITS
@@ -91,7 +91,7 @@ class IclevrBuilder(datasets.GeneratorBasedBuilder):
                 {
                     "image": self.folder.read_image(file_name, self.resolution),
                     "labels": self.folder.labels[i],
-                    "scene": scene_of_file(file_name),
+                    "scene": self.folder.scenes[i],
                     "file_name": file_name,
                 },
             )

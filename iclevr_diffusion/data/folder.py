@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from iclevr_diffusion.data.source import check_resolution
+from iclevr_diffusion.data.split import scene_of_file
 from iclevr_diffusion.labels import LabelVocabulary
 
 IMAGE_FOLDER = "iclevr"
@@ -36,7 +38,10 @@ class IclevrFolder:
         file_names: Names of the images, sorted.
         labels: Object names of each image, in the order of `file_names` and, within an image, of `train.json`.
         class_labels: The same as a uint8 array of 0 and 1 (num_images, num_classes).
+        scenes: Number of each image's scene, int64 (num_images,).
     """
+
+    num_channels = 3
 
     def __init__(self, root: str | Path | None = None, vocabulary: LabelVocabulary | None = None) -> None:
         if root is None:
@@ -58,6 +63,7 @@ class IclevrFolder:
         entries = self._read_annotations()
         self.file_names = sorted(entries)
         self.labels = [entries[file_name] for file_name in self.file_names]
+        self.scenes = np.array([scene_of_file(file_name) for file_name in self.file_names], dtype=np.int64)
         self.class_labels = np.zeros((len(self.file_names), len(self.vocabulary)), dtype=np.uint8)
         for i, file_name in enumerate(self.file_names):
             try:
@@ -69,6 +75,11 @@ class IclevrFolder:
                     f"`{self._annotations}`, entry {file_name!r}: expected each object name once, got {self.labels[i]}."
                 )
             self.class_labels[i, indices] = 1
+
+    @property
+    def name(self) -> str:
+        """The folder of the images, for messages."""
+        return str(self.image_folder)
 
     def _read_annotations(self) -> dict[str, list[str]]:
         if not self._annotations.is_file():
@@ -113,8 +124,7 @@ class IclevrFolder:
         An image counts as changed when its size or a time stamp does. Looking at those takes a tenth of a second for
         18,009 files, reading them all many seconds on a slow disk.
         """
-        if type(resolution) is not int or resolution < 1:
-            raise ValueError(f"`resolution` must be a number of pixels of at least 1, got {resolution!r}.")
+        check_resolution(resolution)
         files = [(file_name, *self._file_status(file_name)) for file_name in self.file_names]
         key = [TRANSFORM, resolution, self.vocabulary.names, self._annotations_sha256, files]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()

@@ -1,6 +1,7 @@
 import itertools
 from typing import Literal
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -14,7 +15,7 @@ class MultiLabelVAE(ModelMixin, ConfigMixin):
     """Variational auto-encoder of images, with or without labels.
 
     *Auto-Encoding Variational Bayes* (Kingma and Welling, 2014, https://arxiv.org/abs/1312.6114): the encoder gives
-    the normal distribution q(z | x) = N(mean, exp(logvar)) of an image's latents, the decoder an image of latents,
+    the normal distribution q(z | x) = N(mean, exp(log_variance)) of an image's latents, the decoder an image of latents,
     which are N(0, 1) where images are made up. Labels enter both, as in *Learning Structured Output Representation
     using Deep Conditional Generative Models* (Sohn et al., 2015,
     https://papers.nips.cc/paper/2015/hash/8d55a249e6baa5c06772297520da2051-Abstract.html).
@@ -23,7 +24,7 @@ class MultiLabelVAE(ModelMixin, ConfigMixin):
     tanh units and PyTorch's initialisation; its shapes for 28x28x1 digits and 20 latents:
 
         encoder  784 + num_classes -> 400 -> 2 * 20, the means and the logarithms of the variances
-        decoder  20 + num_classes -> 400 -> 784, tanh
+        decoder  20 + num_classes -> 400 -> 784
 
     `conv` has the layers of *Unsupervised Representation Learning with Deep Convolutional Generative Adversarial
     Networks* (Radford et al., 2016, https://arxiv.org/abs/1511.06434) in place of the hidden ones: 4x4 convolutions
@@ -31,9 +32,13 @@ class MultiLabelVAE(ModelMixin, ConfigMixin):
     shapes for 64x64x3:
 
         encoder  3 + num_classes -> 32, 32x32 -> 64, 16x16 -> 128, 8x8 -> 256, 4x4 -> 2 * latent_dim
-        decoder  latent_dim + num_classes -> 256, 4x4 -> 128, 8x8 -> 64, 16x16 -> 32, 32x32 -> 3, 64x64, tanh
+        decoder  latent_dim + num_classes -> 256, 4x4 -> 128, 8x8 -> 64, 16x16 -> 32, 32x32 -> 3, 64x64
 
-    The decoder's tanh takes the place of the paper's sigmoid, since images lie in [-1, 1].
+    The decoder gives the logits of each pixel's brightness, which is (pixel + 1) / 2 for images in [-1, 1]. Hence an
+    image is `2 * sigmoid(logits) - 1`: the paper's sigmoid, whatever likelihood the model is trained with.
+
+    The encoder sees `(pixels - data_mean) / data_std`. These statistics are saved with the weights, and leave images as
+    they are until `set_data_statistics` is called.
 
     Args:
         latent_dim: Number of latents.
@@ -73,6 +78,23 @@ class MultiLabelVAE(ModelMixin, ConfigMixin):
         else:
             _check_conv_size(sample_size, len(widths))
             self.encoder, self.decoder = _make_conv(sample_size, in_channels, latent_dim, num_classes, widths)
+        self.register_buffer("data_mean", torch.zeros(in_channels, sample_size, sample_size))
+        self.register_buffer("data_std", torch.ones(()))
+
+    def set_data_statistics(self, mean: Tensor | np.ndarray, std: float) -> None:
+        """Has the encoder see images less `mean` (in_channels, H, W), divided by `std`; both in units of [-1, 1].
+
+        Raises:
+            ValueError: If `mean` is no such image, or `std` is not positive.
+        """
+        mean = torch.as_tensor(mean)
+        if mean.shape != self.data_mean.shape or not std > 0:
+            raise ValueError(
+                f"`mean` must have shape {tuple(self.data_mean.shape)} and `std` be positive, got {tuple(mean.shape)} and"
+                f" {std}; `store.statistics` gives both."
+            )
+        self.data_mean.copy_(mean)
+        self.data_std.fill_(std)
 
     def encode(self, pixel_values: Tensor, class_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the distribution of the latents of images.
@@ -96,14 +118,16 @@ class MultiLabelVAE(ModelMixin, ConfigMixin):
                 " `in_channels`."
             )
         self._check_labels(class_labels, len(pixel_values))
-        inputs = pixel_values if config.architecture == "conv" else pixel_values.flatten(1)
+        inputs = (pixel_values - self.data_mean) / self.data_std
+        if config.architecture == "mlp":
+            inputs = inputs.flatten(1)
         if class_labels is not None:
             class_labels = class_labels.to(inputs.dtype)
             if config.architecture == "conv":
                 class_labels = class_labels[:, :, None, None].expand(-1, -1, *pixel_values.shape[2:])
             inputs = torch.cat([inputs, class_labels], dim=1)
-        mean, logvar = self.encoder(inputs).chunk(2, dim=1)
-        return mean, logvar
+        mean, log_variance = self.encoder(inputs).chunk(2, dim=1)
+        return mean, log_variance
 
     def decode(self, latents: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Maps latents (B, latent_dim) and multi-hot rows (B, num_classes) to images (B, in_channels, H, W) in [-1, 1].
@@ -111,6 +135,10 @@ class MultiLabelVAE(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If a shape does not fit.
         """
+        return logits_to_images(self.decode_logits(latents, class_labels))
+
+    def decode_logits(self, latents: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Maps what `decode` takes to the logits (B, in_channels, H, W) of the pixels' brightness."""
         if latents.ndim != 2 or latents.shape[1] != self.config.latent_dim:
             raise ValueError(
                 f"`latents` must have shape (batch, {self.config.latent_dim}), got {tuple(latents.shape)}."
@@ -123,7 +151,7 @@ class MultiLabelVAE(ModelMixin, ConfigMixin):
     def forward(self, pixel_values: Tensor, class_labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Encodes images, draws latents of them and decodes these: what the bound on the likelihood is made of.
 
-        The latents are `mean + exp(logvar / 2) * noise`, with noise of torch's global generator, so that gradients go
+        The latents are `mean + exp(log_variance / 2) * noise`, with noise of torch's global generator, so that gradients go
         through them (Kingma and Welling, section 2.4).
 
         Args:
@@ -131,14 +159,15 @@ class MultiLabelVAE(ModelMixin, ConfigMixin):
             class_labels: Multi-hot rows (B, num_classes) of them; `None` for the model without labels.
 
         Returns:
-            The decoded images (B, in_channels, H, W) in [-1, 1], and what `encode` returns.
+            The logits (B, in_channels, H, W) of the decoded pixels' brightness, for `logits_to_images`, and what
+            `encode` returns.
 
         Raises:
             ValueError: If a shape does not fit.
         """
-        mean, logvar = self.encode(pixel_values, class_labels)
-        latents = mean + (logvar / 2).exp() * torch.randn_like(mean)
-        return self.decode(latents, class_labels), mean, logvar
+        mean, log_variance = self.encode(pixel_values, class_labels)
+        latents = mean + (log_variance / 2).exp() * torch.randn_like(mean)
+        return self.decode_logits(latents, class_labels), mean, log_variance
 
     def _check_labels(self, class_labels: Tensor | None, batch_size: int) -> None:
         num_classes = self.config.num_classes
@@ -155,6 +184,11 @@ class MultiLabelVAE(ModelMixin, ConfigMixin):
             )
 
 
+def logits_to_images(logits: Tensor) -> Tensor:
+    """Maps the decoder's logits to pixels in [-1, 1]: 2 * sigmoid(logits) - 1, written with one call."""
+    return (logits / 2).tanh()
+
+
 def _make_mlp(
     image_shape: tuple[int, int, int], latent_dim: int, num_classes: int, widths: tuple[int, ...]
 ) -> tuple[nn.Module, nn.Module]:
@@ -166,7 +200,7 @@ def _make_mlp(
 
     encoder = nn.Sequential(*layers(num_pixels + num_classes, *widths, 2 * latent_dim))
     decoder = nn.Sequential(
-        *layers(latent_dim + num_classes, *reversed(widths), num_pixels), nn.Unflatten(1, image_shape), nn.Tanh()
+        *layers(latent_dim + num_classes, *reversed(widths), num_pixels), nn.Unflatten(1, image_shape)
     )
     return encoder, decoder
 
@@ -189,7 +223,7 @@ def _make_conv(
     for before, after in itertools.pairwise(reversed(widths)):
         decoder += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False)]
         decoder += [nn.BatchNorm2d(after), nn.ReLU()]
-    decoder += [nn.ConvTranspose2d(widths[0], in_channels, 4, stride=2, padding=1), nn.Tanh()]
+    decoder += [nn.ConvTranspose2d(widths[0], in_channels, 4, stride=2, padding=1)]
     return nn.Sequential(*encoder), nn.Sequential(*decoder)
 
 
