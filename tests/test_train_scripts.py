@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 
 from iclevr_diffusion import ICLEVR_LABELS, ConditionalDDPMPipeline
 from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
-from iclevr_diffusion.config import parse_config
+from iclevr_diffusion.config import TrainConfig, parse_config
 from iclevr_diffusion.data import BatchLoader
+from iclevr_diffusion.denoiser import ARCHITECTURE
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
 from iclevr_diffusion.rendering import render_dataset
 from iclevr_diffusion.training import TrainingRun
 from iclevr_diffusion.training_data import TrainingData
@@ -39,6 +41,7 @@ TINY = {
     "num_inference_steps": 2,
     "num_conditions": 4,
 }
+SMALL = {**dict.fromkeys(ARCHITECTURE["unet2d"]), "network": "small", "base_channels": 8, "prediction_type": "epsilon"}
 
 
 def load_script(name):
@@ -49,7 +52,6 @@ def load_script(name):
 
 
 train_ddpm = load_script("train_ddpm")
-train_gan = load_script("train_gan")
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +80,12 @@ def flags(**fields):
     for name, value in fields.items():
         words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     return words
+
+
+def load_pipeline_of(folder):
+    pipeline = ConditionalDDPMPipeline.from_pretrained(folder / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def hashes(folder):
@@ -302,6 +310,78 @@ def test_the_real_images_are_taken_only_where_they_are_asked_for(train, tmp_path
         train(tmp_path / "run", data="ICLEVR_ROOT")
 
 
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"label_injection": "early"},
+        {"num_levels": 3},
+        {"use_time_embedding": False},
+        {"use_label_embedding": False, "label_dropout": 0.0, "guidance_scale": 1.0},
+    ],
+    ids=["as reported", "early", "deeper", "no time", "no labels"],
+)
+def test_the_small_network_trains_with_each_of_its_switches(train, tmp_path, switches):
+    folder = train(tmp_path / "run", **SMALL, **switches, ema_decay=0.0, sample_every=2)
+    pipeline = load_pipeline_of(folder)
+    assert type(pipeline.unet) is SmallMultiLabelUNet
+    architecture = {name: value for name, value in switches.items() if name in ARCHITECTURE["small"]}
+    assert {name: pipeline.unet.config[name] for name in architecture} == architecture
+    assert torch.isfinite(pipeline([["red cube"]], seeds=[0], output_type="pt").images).all()
+    current = load_file(newest_checkpoint(folder / "checkpoints") / "model_0.safetensors")
+    assert all(torch.equal(value, current[name]) for name, value in pipeline.unet.state_dict().items())
+
+
+def test_the_small_networks_running_statistics_are_resumed_too(train, tmp_path):
+    fields = {**SMALL, "lr_schedule": "constant"}
+    unbroken = train(tmp_path / "unbroken", **fields, max_steps=3)
+    train(tmp_path / "broken", **fields, max_steps=1)
+    assert hashes(unbroken) == hashes(train(tmp_path / "broken", **fields, max_steps=3))
+
+
+def test_masked_labels_guide_digits_asked_for_by_integers(train, tmp_path):
+    pytest.importorskip("sklearn")
+    noise = {"beta_schedule": "linear", "num_train_timesteps": 400, "sampler": "ddpm", "num_inference_steps": 4}
+    folder = train(tmp_path / "run", **{**SMALL, **noise, "data": "digits", "resolution": 8, "num_levels": 1})
+    pipeline = load_pipeline_of(folder)
+    assert pipeline.unet.config.num_train_timesteps == pipeline.scheduler.config.num_train_timesteps == 400
+    assert pipeline.scheduler.config.beta_schedule == "linear"
+    digits = torch.tensor([3, 7])
+    plain, guided = (pipeline(digits, seeds=[0, 1], guidance_scale=1 + w, output_type="pt").images for w in (0.0, 2.0))
+    assert plain.shape == (2, 1, 8, 8) and not torch.equal(plain, guided)
+    named = pipeline([["3"], ["7"]], seeds=[0, 1], guidance_scale=3.0, output_type="pt").images
+    assert torch.equal(named, guided)
+    assert pipeline(digits[:1], seeds=[0]).images[0].mode == "L"
+
+
+def test_a_grid_is_drawn_after_each_epoch(train, tmp_path):
+    folder = train(tmp_path / "run", batch_size=3, max_steps=5, sample_every=1, sample_unit="epochs")  # of 6 images
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base_channels": 8}, "`base_channels` must be left out for the network unet2d, .* got 8"),
+        ({"network": "small", "preset": "base"}, "`preset` must be left out for the network small, .* got base"),
+        ({"network": "small", "gradient_checkpointing": True}, "`gradient_checkpointing` must be left out"),
+        ({"num_train_timesteps": 400}, "`num_train_timesteps` must be 1000 where `prediction_type` is flow, got 400"),
+        ({"num_train_timesteps": 0}, "`num_train_timesteps` must be at least 1, got 0"),
+        (
+            {"prediction_type": "epsilon", "num_train_timesteps": 10},
+            "`num_inference_steps` must lie between 1 and the 10 of `num_train_timesteps`, got 20",
+        ),
+        (
+            {"network": "small", "use_label_embedding": False},
+            "`label_dropout` must be 0 without `use_label_embedding`, got 0.1",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_before_any_work(fields, message):
+    with pytest.raises(ValueError, match=message):
+        train_ddpm.DDPMConfig(**fields)
+
+
 def test_guidance_without_label_dropout_is_refused_before_any_work():
     with pytest.raises(ValueError, match="`guidance_scale` must be 1 without `label_dropout`, got 2.0"):
         train_ddpm.DDPMConfig(label_dropout=0.0)
@@ -331,12 +411,38 @@ def test_a_noise_schedule_that_diffusers_lacks_is_refused(capsys):
     assert "must be linear or scaled_linear or squaredcos_cap_v2, got 'cosine'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", sorted((SCRIPTS / "recipes").glob("[!j]*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_but_those_of_judges_is_read_and_states_its_hardware(recipe):
-    is_gan = "discriminator:" in recipe.read_text()
-    config = parse_config(train_gan.GANConfig if is_gan else train_ddpm.DDPMConfig, ["--config", str(recipe)])
+def config_class_for(recipe):
+    """The configuration of the script that runs a recipe."""
+    scripts = {"judge": "train_classifier", "vae": "train_vae", "cyclegan": "train_cyclegan"}
+    kind = "train_gan" if "\ndiscriminator:" in recipe.read_text() else "train_ddpm"
+    script = load_script(scripts.get(recipe.stem.split("_")[0], kind))
+    (found,) = (
+        item
+        for item in vars(script).values()
+        if isinstance(item, type) and issubclass(item, TrainConfig) and item.__module__ == script.__name__
+    )
+    return found
+
+
+@pytest.mark.parametrize("recipe", sorted((SCRIPTS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_read_by_its_script_and_states_its_hardware(recipe):
+    config = parse_config(config_class_for(recipe), ["--config", str(recipe)])
     assert config.output_dir == f"outputs/{recipe.stem}"
     assert "Hardware:" in recipe.read_text().split("output_dir")[0]
+
+
+def test_each_ablation_of_the_small_network_differs_in_nothing_else():
+    ablations = {
+        "no_time": {"use_time_embedding": False},
+        "no_labels": {"use_label_embedding": False},
+        "early": {"label_injection": "early"},
+        "deep": {"num_levels": 4, "max_steps": 127150},
+    }
+    reported = yaml.safe_load((SCRIPTS / "recipes" / "small_unet_real.yaml").read_text())
+    for name, changes in ablations.items():
+        recipe = f"small_unet_{name}_real"
+        fields = yaml.safe_load((SCRIPTS / "recipes" / f"{recipe}.yaml").read_text())
+        assert fields == reported | changes | {"output_dir": f"outputs/{recipe}"}
 
 
 @pytest.mark.parametrize("path", sorted((SCRIPTS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

@@ -7,42 +7,27 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from iclevr_diffusion import ConditionalDDPMPipeline, MultiLabelUNet2DModel
+from iclevr_diffusion import ConditionalDDPMPipeline
 from iclevr_diffusion.augmentation import random_flip
 from iclevr_diffusion.config import LearningRateSchedule, option, parse_config
 from iclevr_diffusion.data import normalize
+from iclevr_diffusion.denoiser import DenoiserConfig, make_denoiser, make_scheduler
 from iclevr_diffusion.diffusion import add_noise, min_snr_weight, noise_levels, sample_times, training_target
 from iclevr_diffusion.ema import ExponentialMovingAverage
 from iclevr_diffusion.training import TrainingRun, load_weights
-from iclevr_diffusion.training_data import DataConfig, TrainingData
+from iclevr_diffusion.training_data import TrainingData
 from iclevr_diffusion.validation import Validation
-
-ARCHITECTURE = ("patch_size", "block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim")
-BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]  # those that DDPM and DDIM share
 
 
 @dataclass(kw_only=True)
-class DDPMConfig(DataConfig):
+class DDPMConfig(DenoiserConfig):
     """Trains a conditional diffusion model; without --data it renders its own scenes first."""
 
     flip: bool = option(False, "mirror half of the images")
-    preset: Literal["reported", "base", "tiny"] = option("tiny", "size of the network; the next fields change parts")
-    patch_size: int | None = option(None, "side of the squares of pixels that are folded into channels")
-    block_out_channels: tuple[int, ...] | None = option(None, "channels per level, finest first")
-    layers_per_block: int | None = option(None, "residual blocks per level")
-    attention_levels: tuple[int, ...] | None = option(None, "levels with self-attention, 0 the finest")
-    attention_head_dim: int | None = option(None, "channels of an attention head")
     init_from: str | None = option(None, "pipeline or network folder whose weights are the first ones")
-    gradient_checkpointing: bool = option(False, "save memory, for a third more time")
     compile: bool = option(False, "compile the network with torch.compile")
-
-    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] = option("flow", "what the network predicts")
-    beta_schedule: BetaSchedule = option("squaredcos_cap_v2", "noise schedule, where not flow")
-    sampler: Literal["ddpm", "ddim"] = option("ddim", "scheduler that is saved, where not flow", may_change=True)
     time_sampling: Literal["uniform", "logit-normal"] = option("logit-normal", "how training times are drawn")
-    time_shift: float = option(4.0, "above 1, times (and a flow's sampling steps) move towards noise")
     min_snr_gamma: float | None = option(None, "gamma of min-SNR weighting, 5 in its paper; none weighs all alike")
     label_dropout: float = option(0.1, "share of images trained without labels, which guidance needs")
     standardize: bool = option(True, "show the network images less their mean, at unit variance")
@@ -52,7 +37,8 @@ class DDPMConfig(DataConfig):
     weight_decay: float = option(0.01, "weight decay of AdamW")
     ema_decay: float = option(0.9995, "decay of the averaged weights, the ones that are saved")
 
-    sample_every: int = option(500, "steps between grids of samples; 0 is never", may_change=True)
+    sample_every: int = option(500, "steps or epochs between grids of samples; 0 is never", may_change=True)
+    sample_unit: Literal["steps", "epochs"] = option("steps", "what `sample_every` counts", may_change=True)
     score_every: int = option(1000, "steps between scores on validation labels; 0 is never", may_change=True)
     judge: str | None = option(None, "judge folder that scores samples; none scores nothing", may_change=True)
     num_conditions: int = option(64, "validation label sets to score on; 16 are also drawn", may_change=True)
@@ -64,12 +50,15 @@ class DDPMConfig(DataConfig):
         for name in ("label_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
-        for name in ("time_shift", "min_snr_gamma"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"`{name}` must be positive and finite, got {value}.")
-        if self.num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be at least 1, got {self.num_inference_steps}.")
+        if self.min_snr_gamma is not None and not 0 < self.min_snr_gamma < float("inf"):
+            raise ValueError(f"`min_snr_gamma` must be positive and finite, got {self.min_snr_gamma}.")
+        if not 1 <= self.num_inference_steps <= self.num_train_timesteps:
+            raise ValueError(
+                f"`num_inference_steps` must lie between 1 and the {self.num_train_timesteps} of `num_train_timesteps`,"
+                f" got {self.num_inference_steps}."
+            )
+        if self.label_dropout and self.use_label_embedding is False:
+            raise ValueError(f"`label_dropout` must be 0 without `use_label_embedding`, got {self.label_dropout}.")
         if self.label_dropout == 0 and self.guidance_scale != 1:
             raise ValueError(f"`guidance_scale` must be 1 without `label_dropout`, got {self.guidance_scale}.")
 
@@ -78,38 +67,33 @@ def main(config: DDPMConfig) -> None:
     run = TrainingRun(config)
     data = TrainingData(run, config)
 
-    unet = MultiLabelUNet2DModel.from_preset(
-        config.preset,
+    unet = make_denoiser(
+        config,
         num_classes=len(data.store.vocabulary),
-        sample_size=config.resolution,
-        prediction_type=config.prediction_type,
+        in_channels=data.store.pixel_values.shape[1],
         null_condition=config.label_dropout > 0,
         empty_condition=not data.store.class_labels[data.indices].any(axis=1).all(),
-        **{name: getattr(config, name) for name in ARCHITECTURE if getattr(config, name) is not None},
     )
     if config.init_from is not None and not run.resuming:
         load_weights(unet, config.init_from, data.store.vocabulary.names)
     # Without standardisation they are reset, since `init_from` brings those of its own data.
     statistics = data.store.statistics(data.indices) if config.standardize else (torch.tensor(0.0), 1.0)
     unet.set_data_statistics(*statistics)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
     ema = run.track(ExponentialMovingAverage(unet, config.ema_decay))
     if config.compile:
         unet.compile()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     model, optimizer, lr_scheduler = run.prepare(unet, optimizer, run.lr_scheduler(optimizer))
 
-    if config.prediction_type == "flow":
-        scheduler, alphas_cumprod = FlowMatchEulerDiscreteScheduler(shift=config.time_shift), None
-    else:
-        options = {"prediction_type": config.prediction_type, "clip_sample": False, "timestep_spacing": "trailing"}
-        scheduler_class = DDPMScheduler if config.sampler == "ddpm" else DDIMScheduler
-        scheduler = scheduler_class(beta_schedule=config.beta_schedule, **options)
-        alphas_cumprod = scheduler.alphas_cumprod.to(run.accelerator.device)
+    scheduler = make_scheduler(config)
+    is_flow = config.prediction_type == "flow"
+    alphas_cumprod = None if is_flow else scheduler.alphas_cumprod.to(run.accelerator.device)
     names, defaults = data.store.vocabulary.names, (config.num_inference_steps, config.guidance_scale)
     pipeline = ConditionalDDPMPipeline(ema.model, scheduler, names, *defaults)
     validation = Validation(run, pipeline, data.choose_conditions(config.num_conditions), config.judge)
+    images_a_step = config.batch_size * config.gradient_accumulation_steps * run.accelerator.num_processes
+    steps_an_epoch = max(1, round(len(data.indices) / images_a_step))
+    sample_every = config.sample_every * (steps_an_epoch if config.sample_unit == "epochs" else 1)
 
     for batch in run.batches(data.loader):
         pixel_values, class_labels = normalize(batch["pixel_values"]), batch["class_labels"]
@@ -133,7 +117,7 @@ def main(config: DDPMConfig) -> None:
         if run.weights_moved:
             ema.step(unet)
 
-        if run.every(config.sample_every):
+        if run.every(sample_every):
             validation.draw()
         if run.every(config.score_every):
             validation.score()

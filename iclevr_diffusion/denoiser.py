@@ -1,0 +1,114 @@
+"""The denoising networks that a run can train and the noise schedules that they live on, as its configuration says."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+
+from iclevr_diffusion.config import option
+from iclevr_diffusion.models.unet_multilabel import MultiLabelUNet2DModel
+from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
+from iclevr_diffusion.training_data import DataConfig
+
+# The arguments of each network that are options of a run; none leaves an argument as the network or the preset has it.
+ARCHITECTURE = {
+    "unet2d": ("patch_size", "block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim"),
+    "small": ("base_channels", "num_levels", "label_injection", "use_label_embedding", "use_time_embedding"),
+}
+# The options that a run must leave alone, as they are those of the other network.
+FOREIGN = {"unet2d": ARCHITECTURE["small"], "small": ("preset", "gradient_checkpointing", *ARCHITECTURE["unet2d"])}
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]  # those that DDPM and DDIM share
+
+
+@dataclass(kw_only=True)
+class DenoiserConfig(DataConfig):
+    """What a run that trains a denoising network is told about the network and the noise."""
+
+    network: Literal["unet2d", "small"] = option(
+        "unet2d", "diffusers' U-Net, or a small one around a code of few cells"
+    )
+    preset: Literal["reported", "base", "tiny"] = option("tiny", "size of unet2d; the next five fields change parts")
+    patch_size: int | None = option(None, "side of the squares of pixels that are folded into channels")
+    block_out_channels: tuple[int, ...] | None = option(None, "channels per level, finest first")
+    layers_per_block: int | None = option(None, "residual blocks per level")
+    attention_levels: tuple[int, ...] | None = option(None, "levels with self-attention, 0 the finest")
+    attention_head_dim: int | None = option(None, "channels of an attention head")
+    base_channels: int | None = option(None, "of small: channels of the finest level, 256 if not given")
+    num_levels: int | None = option(None, "of small: levels below the finest, 2 if not given")
+    label_injection: Literal["film", "early"] | None = option(
+        None, "of small: labels scale and times shift on the way up (film), or both are added on the way down"
+    )
+    use_label_embedding: bool | None = option(
+        None, "of small: whether it looks at the labels, as it does if not given"
+    )
+    use_time_embedding: bool | None = option(None, "of small: whether it looks at the time, as it does if not given")
+    gradient_checkpointing: bool = option(False, "save memory of unet2d, for a third more time")
+
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] = option("flow", "what the network predicts")
+    beta_schedule: BetaSchedule = option("squaredcos_cap_v2", "noise schedule, where not flow")
+    num_train_timesteps: int = option(1000, "steps of the noise schedule; a flow's times are always counted in 1000")
+    sampler: Literal["ddpm", "ddim"] = option("ddim", "scheduler that is saved, where not flow", may_change=True)
+    time_shift: float = option(4.0, "above 1, times (and a flow's sampling steps) move towards noise")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name in FOREIGN[self.network] and value != item.default:
+                raise ValueError(
+                    f"`{item.name}` must be left out for the network {self.network}, which has no such option, got"
+                    f" {value}."
+                )
+        if self.num_train_timesteps < 1:
+            raise ValueError(f"`num_train_timesteps` must be at least 1, got {self.num_train_timesteps}.")
+        if self.prediction_type == "flow" and self.num_train_timesteps != 1000:
+            raise ValueError(
+                f"`num_train_timesteps` must be 1000 where `prediction_type` is flow, got {self.num_train_timesteps}."
+            )
+        if not 0 < self.time_shift < float("inf"):
+            raise ValueError(f"`time_shift` must be positive and finite, got {self.time_shift}.")
+
+
+def make_denoiser(
+    config: DenoiserConfig, num_classes: int, in_channels: int, *, null_condition: bool, empty_condition: bool
+) -> MultiLabelUNet2DModel | SmallMultiLabelUNet:
+    """Makes a freshly initialized network.
+
+    Args:
+        config: The run's configuration.
+        num_classes: Number of labels of the data.
+        in_channels: Channels of their images.
+        null_condition: Whether the network must know "no condition".
+        empty_condition: Whether there are images without any label.
+    """
+    arguments = {
+        "num_classes": num_classes,
+        "sample_size": config.resolution,
+        "in_channels": in_channels,
+        "prediction_type": config.prediction_type,
+        "null_condition": null_condition,
+        "empty_condition": empty_condition,
+    }
+    names = ARCHITECTURE[config.network]
+    arguments |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if config.network == "small":
+        return SmallMultiLabelUNet(num_train_timesteps=config.num_train_timesteps, **arguments)
+    unet = MultiLabelUNet2DModel.from_preset(config.preset, **arguments)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+def make_scheduler(config: DenoiserConfig) -> SchedulerMixin:
+    """Makes the scheduler that samples from the network; where it is not a flow's, its `alphas_cumprod` train it too."""
+    if config.prediction_type == "flow":
+        return FlowMatchEulerDiscreteScheduler(shift=config.time_shift)
+    scheduler_class = DDPMScheduler if config.sampler == "ddpm" else DDIMScheduler
+    return scheduler_class(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )

@@ -1,0 +1,54 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from iclevr_diffusion.denoiser import DenoiserConfig, make_denoiser, make_scheduler
+from iclevr_diffusion.models.unet_multilabel import PRESETS, MultiLabelUNet2DModel
+from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
+
+
+def make(null_condition: bool = False, **fields) -> MultiLabelUNet2DModel | SmallMultiLabelUNet:
+    config = DenoiserConfig(resolution=16, **fields)
+    return make_denoiser(config, 5, 1, null_condition=null_condition, empty_condition=False)
+
+
+def test_options_that_are_not_given_are_the_presets():
+    unet = make(block_out_channels=(8, 16), attention_levels=(), attention_head_dim=8, gradient_checkpointing=True)
+    assert unet.config.block_out_channels == (8, 16) and unet.config.attention_levels == ()
+    assert unet.config.patch_size == PRESETS["tiny"]["patch_size"] == 4
+    assert unet.config.num_classes == 5 and unet.config.in_channels == 1 and unet.config.prediction_type == "flow"
+    assert unet.is_gradient_checkpointing and not unet.config.null_condition
+
+
+def test_the_small_network_counts_time_as_its_schedule_does():
+    fields = {"prediction_type": "epsilon", "num_train_timesteps": 400, "base_channels": 8}
+    unet = make(network="small", null_condition=True, **fields)
+    assert unet.config.num_train_timesteps == 400 and unet.config.null_condition
+    assert unet.config.num_levels == 2 and unet.config.label_injection == "film"  # its own defaults
+
+
+def test_the_small_network_without_an_embedding_lacks_its_weights():
+    unet = make(network="small", base_channels=8, use_label_embedding=False, use_time_embedding=True)
+    assert unet.label_embeddings is None and unet.time_embeddings is not None
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_linear_noise_rises_evenly_over_the_steps_that_are_asked_for(sampler):
+    config = DenoiserConfig(
+        prediction_type="epsilon", beta_schedule="linear", num_train_timesteps=400, sampler=sampler
+    )
+    scheduler = make_scheduler(config)
+    betas = [1e-4 + (0.02 - 1e-4) * i / 399 for i in range(400)]
+    assert_close(scheduler.alphas_cumprod[-1].item(), math.prod(1 - beta for beta in betas), rtol=1e-4, atol=0)
+    scheduler.set_timesteps(400)
+    assert scheduler.timesteps.tolist() == list(range(399, -1, -1))
+    scheduler.set_timesteps(4)  # begins where there is most noise
+    assert scheduler.timesteps.tolist() == [399, 299, 199, 99]
+
+
+def test_a_flows_sampling_steps_move_towards_noise_by_its_shift():
+    scheduler = make_scheduler(DenoiserConfig(time_shift=3.0))
+    scheduler.set_timesteps(sigmas=[1.0, 0.5])
+    assert_close(scheduler.sigmas, torch.tensor([1.0, 0.75, 0.0]))
