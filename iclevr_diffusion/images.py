@@ -1,4 +1,4 @@
-"""Pictures of pictures: grids with captions, denoising strips, and PNG files that say how they were drawn."""
+"""Pictures of pictures: grids and tables with captions, strips, and files that say how they were drawn."""
 
 import json
 import os
@@ -56,6 +56,54 @@ def make_grid(
     return make_image_grid(cells, rows=rows, cols=columns)
 
 
+def make_table(
+    rows: Sequence[Sequence[Image.Image]],
+    row_captions: Sequence[str] = (),
+    column_captions: Sequence[str] = (),
+    *,
+    min_width: int = 64,
+) -> Image.Image:
+    """Lays images out in rows and columns, with a caption at the left of each row and one above each column.
+
+    Args:
+        rows: Rows of the same number of images, all of one size.
+        row_captions: One caption a row, or none at all; a line break in it starts a new line.
+        column_captions: One caption a column, or none at all.
+        min_width: Images narrower than this many pixels are enlarged by a whole factor.
+    """
+    sizes = {image.size for row in rows for image in row}
+    if len(sizes) != 1 or len({len(row) for row in rows}) != 1:
+        raise ValueError(
+            "`rows` must hold rows of the same number of images, all of one size, got rows of"
+            f" {[len(row) for row in rows]} images of sizes {sorted(sizes)}."
+        )
+    for name, captions, count in (("row", row_captions, len(rows)), ("column", column_captions, len(rows[0]))):
+        if len(captions) not in (0, count):
+            raise ValueError(f"`{name}_captions` must hold {count} captions, one a {name}, got {len(captions)}.")
+    ((width, height),) = sizes
+    scale = -(-min_width // width)
+    width, height, margin = scale * width, scale * height, 4
+    row_font, column_font = ImageFont.load_default(13), _font_that_fits(column_captions, width)
+    num_lines = max((len(caption.splitlines()) for caption in column_captions), default=0)
+    top = margin + (num_lines * sum(column_font.getmetrics()) + margin if num_lines else 0)
+    longest = max((row_font.getlength(line) for caption in row_captions for line in caption.splitlines()), default=0)
+    left = margin + (round(longest) + 2 * margin if longest else 0)
+
+    table = Image.new("RGB", (left + len(rows[0]) * (width + margin), top + len(rows) * (height + margin)), "white")
+    draw = ImageDraw.Draw(table)
+    for column, caption in enumerate(column_captions):
+        middle = left + column * (width + margin) + width / 2
+        draw.multiline_text((middle, top - margin), caption, "black", column_font, "md", 0, "center")
+    for row, caption in enumerate(row_captions):
+        middle = top + row * (height + margin) + height / 2
+        draw.multiline_text((left - 2 * margin, middle), caption, "black", row_font, "rm", 0, "right")
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            table.paste(enlarged, (left + column * (width + margin), top + row * (height + margin)))
+    return table
+
+
 def _font_that_fits(
     captions: Sequence[str], width: int, largest: int = 14, smallest: int = 9
 ) -> ImageFont.FreeTypeFont:
@@ -79,13 +127,30 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any]) 
 
     The file is complete or absent: it is written beside its place and moved there.
     """
-    path, info = Path(path), PngInfo()
+    info = PngInfo()
     for key, value in metadata.items():
         info.add_text(key, value if isinstance(value, str) else json.dumps(value))
+    _save_whole(image, Path(path), format="PNG", pnginfo=info)
+
+
+def save_gif(frames: Sequence[Image.Image], path: str | Path, metadata: Mapping[str, Any], *, duration: int) -> None:
+    """Writes a GIF file that shows `frames` over and over, each for `duration` milliseconds.
+
+    `metadata` is its comment, as JSON. A frame has at most 256 colours. The file is complete or absent.
+    """
+    if not frames:
+        raise ValueError("`frames` must hold at least one image, got none.")
+    first, *others = (frame.convert("RGB") for frame in frames)
+    comment = json.dumps(dict(metadata)).encode("ascii")
+    options = {"save_all": True, "append_images": others, "duration": duration, "loop": 0, "comment": comment}
+    _save_whole(first, Path(path), format="GIF", **options)
+
+
+def _save_whole(image: Image.Image, path: Path, **options: Any) -> None:  # noqa: ANN401 -- Pillow's own
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        image.save(unfinished, format="PNG", pnginfo=info)
+        image.save(unfinished, **options)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iclevr_diffusion.images import file_stem, make_grid, make_strip, save_png
+from iclevr_diffusion.images import file_stem, make_grid, make_strip, make_table, save_gif, save_png
 
 
 def plain(color, size=(16, 16)):
@@ -64,6 +64,38 @@ def test_a_grid_that_cannot_be_laid_out_is_refused(images, captions, columns, me
         make_grid(images, captions, columns=columns)
 
 
+def test_a_table_has_its_captions_at_the_left_and_above_and_nowhere_else():
+    rows = [[plain("red"), plain("lime")], [plain("blue"), plain("white")]]
+    bare = np.asarray(make_table(rows))
+    assert bare.shape == (4 + 2 * 68, 4 + 2 * 68, 3)  # cells of 64 pixels, and margins
+    assert [bare[y, x].tolist() for y, x in ((4, 4), (67, 67), (4, 72), (72, 4))] == [
+        [255, 0, 0],
+        [255, 0, 0],
+        [0, 255, 0],
+        [0, 0, 255],
+    ]
+    table = np.asarray(make_table(rows, ["red cube\nblue sphere", ""], ["", "w = 2"]))
+    top, left = table.shape[0] - 2 * 68, table.shape[1] - 2 * 68
+    assert (table[top:, left:] == bare[4:, 4:]).all()
+    assert (table[top : top + 64, :left] < 128).any() and (table[top + 68 :, :left] == 255).all()
+    assert (table[:top, left + 68 :] < 128).any() and (table[:top, : left + 64] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "captions", "message"),
+    [
+        ([], {}, "same number of images"),
+        ([[plain("red")], [plain("red")] * 2], {}, r"rows of \[1, 2\] images"),
+        ([[plain("red"), plain("red", (8, 8))]], {}, r"sizes \[\(8, 8\), \(16, 16\)\]"),
+        ([[plain("red")]], {"row_captions": ["a", "b"]}, "`row_captions` must hold 1 captions, one a row, got 2"),
+        ([[plain("red")] * 2], {"column_captions": ["a"]}, "`column_captions` must hold 2 captions"),
+    ],
+)
+def test_a_table_that_cannot_be_laid_out_is_refused(rows, captions, message):
+    with pytest.raises(ValueError, match=message):
+        make_table(rows, **captions)
+
+
 def test_a_strip_reads_from_left_to_right():
     strip = make_strip([plain("red"), plain("lime"), plain("blue")])
     assert strip.size == (48, 16)
@@ -93,6 +125,20 @@ def test_an_image_that_cannot_be_saved_leaves_the_old_file_as_it_was(tmp_path):
         save_png(Image.new("F", (16, 16)), tmp_path / "a.png", {})
     assert Image.open(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_moving_picture_shows_its_frames_over_and_over(tmp_path):
+    save_gif([plain("red"), plain("lime"), plain("blue")], tmp_path / "new" / "a.gif", {"seeds": [1]}, duration=50)
+    saved = Image.open(tmp_path / "new" / "a.gif")
+    assert (saved.n_frames, saved.info["loop"], saved.info["duration"]) == (3, 0, 50)
+    assert json.loads(saved.info["comment"]) == {"seeds": [1]}
+    colors = []
+    for frame in range(3):
+        saved.seek(frame)
+        colors.append(saved.convert("RGB").getpixel((0, 0)))
+    assert colors == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    with pytest.raises(ValueError, match="`frames` must hold at least one image"):
+        save_gif([], tmp_path / "a.gif", {}, duration=50)
 
 
 def test_a_file_is_named_by_position_and_labels():
