@@ -12,9 +12,11 @@ from iclevr_diffusion.files import write_text
 from iclevr_diffusion.images import save_png
 from iclevr_diffusion.leaderboard import load_system, make_leaderboard
 from iclevr_diffusion.leaderboard_plots import draw_labels, draw_quality_against_speed, draw_samples, open_samples
+from iclevr_diffusion.leaderboard_sampling import load_sampling, render_sampling
 from iclevr_diffusion.leaderboard_tables import render_csv, render_markdown, render_summary
 
 RESULTS = "benchmarks/results"
+REPORTS = "baselines.md"  # what benchmarks/baselines.py writes
 BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
 
 
@@ -49,7 +51,7 @@ class Comparison:
 
     Args:
         results: `results.json` files, or folders that hold one; empty takes those in `benchmarks/results/`.
-        out: Folder of tables and pictures.
+        out: Folder of tables and pictures; a `sampling.json` and a `baselines.md` there have their place too.
         readme: Text file that holds a part of it; None writes none.
         protocols: Protocols to show; None shows those that every system has drawn alike, but for `matched`.
     """
@@ -66,7 +68,7 @@ class Comparison:
         out = Path(out)
         captions, samples, notes = open_samples(board)
         self.texts = {
-            out / "leaderboard.md": render_markdown(board, out, notes),
+            out / "leaderboard.md": render_markdown(board, out, notes, self._further(out)),
             out / "leaderboard.csv": render_csv(board),
         }
         if readme is not None:
@@ -78,6 +80,16 @@ class Comparison:
             out / "labels.png": lambda: draw_labels(board),
             out / "samples.png": lambda: draw_samples(captions, samples),
         }
+
+    @staticmethod
+    def _further(out: Path) -> list[str]:
+        """Gathers what was measured otherwise than by `iclevr-evaluate`, as far as it lies beside the leaderboard."""
+        further = []
+        if (out / REPORTS).is_file():
+            further.append(f"## Reported systems\n\nEach beside what was reported of it: [the table]({REPORTS}).")
+        if (out / "sampling.json").is_file():
+            further += render_sampling(load_sampling(out / "sampling.json"))
+        return further
 
     def write(self) -> list[Path]:
         """Writes all files and returns them, the pictures first, as they may fail."""

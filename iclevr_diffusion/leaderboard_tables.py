@@ -80,18 +80,19 @@ def _table(systems: Sequence[System], columns: Sequence[_Column], judge: str | N
     """Lays columns out as a Markdown table; the systems that `judge` taught are marked and never best."""
     taught = [judge is not None and system.is_taught_by(judge) for system in systems]
     best = [column.best([row for row, marked in enumerate(taught) if not marked]) for column in columns]
-    lines = [_row(["system", *(column.title for column in columns)]), "|---|" + "---:|" * len(columns)]
+    lines = [markdown_row(["system", *(column.title for column in columns)]), "|---|" + "---:|" * len(columns)]
     if any(column.real is not None for column in columns):
-        lines.append(_row([f"*{REAL}*", *(column.cell(column.real) for column in columns)]))
+        lines.append(markdown_row([f"*{REAL}*", *(column.cell(column.real) for column in columns)]))
     for row, system in enumerate(systems):
         cells = [column.cell(column.values[row]) for column in columns]
         cells = [f"**{cell}**" if best[place] == row else cell for place, cell in enumerate(cells)]
         cells = [cell + DOUBLE_DAGGER * (row in column.apart) for cell, column in zip(cells, columns, strict=True)]
-        lines.append(_row([system.name + DAGGER * taught[row], *cells]))
+        lines.append(markdown_row([system.name + DAGGER * taught[row], *cells]))
     return "\n".join(lines)
 
 
-def _row(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """Writes the cells of a table's row out."""
     return f"| {' | '.join(map(_escape, cells))} |"
 
 
@@ -168,7 +169,7 @@ def _quality_columns(board: Leaderboard, judge: str) -> list[_Column]:
             apart=_trained_on(board, board.main_protocols),
         ),
         *_top_k_columns(board, judge, [(name,) for name in board.protocols if name not in board.main_protocols]),
-        _Column("Frechet distance", frechet, board.find(*distances, "real", "frechet_distance"), _three_digits),
+        _Column("Frechet distance", frechet, board.find(*distances, "real", "frechet_distance"), three_digits),
     ]
     return [*columns, _Column("relative diversity", diversity)] if _compares_diversity(board) else columns
 
@@ -185,7 +186,7 @@ def _inception_columns(systems: Sequence[System]) -> list[_Column]:
     if not all(found):
         return []
     return [
-        _Column(title, [part["generated"][name] for part in found], found[0]["real"][name], _three_digits)
+        _Column(title, [part["generated"][name] for part in found], found[0]["real"][name], three_digits)
         for name, title in INCEPTION.items()
     ]
 
@@ -194,13 +195,13 @@ def _cost_columns(board: Leaderboard, systems: Sequence[System]) -> list[_Column
     """Makes the columns of cost; where speeds were measured on several machines, a letter says on which."""
 
     def speeds(name: str) -> list[str]:
-        return [f"{_three_digits(system.results['cost'][name])}{_machine_mark(board, system)}" for system in systems]
+        return [f"{three_digits(system.results['cost'][name])}{_machine_mark(board, system)}" for system in systems]
 
     cost = [system.results["cost"] for system in systems]
     return [
         _Column("images/s", speeds("images_per_second")),
         _Column("seconds for one image", speeds("seconds_for_one_image")),
-        _Column("network calls an image", [part["network_calls_per_image"] for part in cost], None, _three_digits),
+        _Column("network calls an image", [part["network_calls_per_image"] for part in cost], None, three_digits),
         _Column("parameters", [f"{part['num_parameters'] / 1e6:.2f} M" for part in cost]),
     ]
 
@@ -217,17 +218,19 @@ def _machine_note(board: Leaderboard, systems: Sequence[System]) -> str:
     return f"Speeds were measured on{apart}: {_escape('; '.join(places))}."
 
 
-def _three_digits(number: float) -> str:
+def three_digits(number: float) -> str:
+    """Writes a number out with three significant digits."""
     return f"{float(f'{number:.3g}'):,.10g}"
 
 
-def render_markdown(board: Leaderboard, folder: Path, notes: Sequence[str] = ()) -> str:
+def render_markdown(board: Leaderboard, folder: Path, notes: Sequence[str] = (), further: Sequence[str] = ()) -> str:
     """Writes the whole leaderboard out.
 
     Args:
         board: The systems.
         folder: Where the text will lie, beside the pictures.
         notes: Further sentences to be said, such as that a picture lacks a system.
+        further: Paragraphs of measurements of another kind, with their headings.
     """
     leading, *others = board.judges
     lists = _lists(board)
@@ -275,7 +278,7 @@ def render_markdown(board: Leaderboard, folder: Path, notes: Sequence[str] = ())
     if board.without_labels:
         paragraphs += ["## Systems that are not told what to draw", _table_without_labels(board)]
         paragraphs.append(_machine_note(board, board.without_labels))
-    paragraphs += ["## How the numbers were made", _origins(board, folder)]
+    paragraphs += [*further, "## How the numbers were made", _origins(board, folder)]
     return "\n\n".join(paragraphs) + "\n"
 
 
@@ -338,11 +341,11 @@ def _table_without_labels(board: Leaderboard) -> str:
                 real[judge] = [f"*{REAL}*", judge, *_distances(found["real"]), *reached, *([""] * len(costs))]
     titles = ["system", "judge", *DISTANCES.values(), *(column.title for column in others + costs)]
     lines = [titles, ["---", "---", *["---:"] * (len(titles) - 2)], *real.values(), *rows]
-    return "\n".join(map(_row, lines))
+    return "\n".join(map(markdown_row, lines))
 
 
 def _distances(found: Mapping[str, float]) -> list[str]:
-    return [_three_digits(found[name]) if found.get(name) is not None else "-" for name in DISTANCES]
+    return [three_digits(found[name]) if found.get(name) is not None else "-" for name in DISTANCES]
 
 
 def _origins(board: Leaderboard, folder: Path) -> str:
@@ -365,7 +368,7 @@ def _origins(board: Leaderboard, folder: Path) -> str:
             f"batches of {cost['batch_size']}, {cost['dtype']}",
             _short_commit(results["environment"]["git_commit"]),
         ]
-        lines.append(_row(cells))
+        lines.append(markdown_row(cells))
     return "\n".join(lines)
 
 

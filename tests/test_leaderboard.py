@@ -631,6 +631,19 @@ def test_the_command_writes_what_its_check_then_accepts(evaluations, tmp_path, c
     assert stale(evaluations) == pictures | {"leaderboard.md"}
 
 
+def test_what_was_measured_otherwise_has_its_place_in_the_leaderboard(evaluations, tmp_path):
+    def text():
+        (text, *_) = Comparison(evaluations[:2], out=tmp_path).texts.values()
+        return text
+
+    assert "## Sampling time" not in text() and "baselines.md" not in text()
+    (tmp_path / "baselines.md").write_text("")
+    assert "Each beside what was reported of it: [the table](baselines.md)." in text()
+    (tmp_path / "sampling.json").write_text("{}")
+    with pytest.raises(ValueError, match="sampling.json must have schema_version 1"):
+        text()
+
+
 def test_other_protocols_make_other_pictures():
     systems = [System(Path("a", "results.json"), make_results("a"))]
     hashes = {make_leaderboard(systems, lists).inputs_sha256 for lists in (None, ["test"], ["new_test"])}
