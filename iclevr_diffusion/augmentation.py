@@ -7,7 +7,7 @@ and the generator through it, sees them changed: `diff_augment`. Every function 
 that the same generator state gives the same images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -180,3 +180,27 @@ def diff_augment(pixel_values: Tensor, policy: Sequence[str], generator: torch.G
         for change in DIFF_AUGMENT_POLICIES[name]:
             pixel_values = change(pixel_values, generator)
     return pixel_values
+
+
+def discriminate(
+    discriminator: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    pixel_values: Tensor,
+    class_labels: Tensor,
+    policy: Sequence[str],
+) -> tuple[Tensor, Tensor | None]:
+    """Has a discriminator tell changed images apart, but read the labels of the images as they are.
+
+    Args:
+        discriminator: Maps images (B, C, H, W) and labels (B, K) to logits (B,) and class logits (B, K), or `None` in
+            their place.
+        pixel_values: Images (B, C, H, W) in [-1, 1].
+        class_labels: Multi-hot rows (B, K).
+        policy: That of `diff_augment`.
+
+    Returns:
+        Logits of the changed images, and class logits of the images as they are if the discriminator gives any.
+    """
+    logits, class_logits = discriminator(diff_augment(pixel_values, policy), class_labels)
+    if policy and class_logits is not None:
+        _, class_logits = discriminator(pixel_values, class_labels)
+    return logits, class_logits

@@ -78,6 +78,14 @@ def wasserstein_generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
 
 
+# What the two networks of a GAN minimize: the discriminator's loss of real and fake logits, the generator's of fake ones.
+ADVERSARIAL_LOSSES = {
+    "hinge": (hinge_discriminator_loss, hinge_generator_loss),
+    "nonsaturating": (nonsaturating_discriminator_loss, nonsaturating_generator_loss),
+    "wasserstein": (wasserstein_critic_loss, wasserstein_generator_loss),
+}
+
+
 def gradient_penalty(
     critic: Callable[[Tensor], Tensor],
     real_pixel_values: Tensor,

@@ -1,13 +1,22 @@
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
+from iclevr_diffusion.distribution import diversity, relative_diversity
 from iclevr_diffusion.images import make_grid, save_png
 from iclevr_diffusion.judging import load_judge
 from iclevr_diffusion.scores import top_k_hits
 from iclevr_diffusion.training import TrainingRun
+from iclevr_diffusion.training_data import TrainingData
+
+NUM_COMPARED = 4  # conditions, and drawn images of each, whose likeness is measured
+MAX_REAL = 16  # real images of each of them
+ALIKE = 0.5  # a lower diversity, 1 being that of real images, raises the alarm
 
 
 class Validation:
@@ -15,10 +24,14 @@ class Validation:
 
     Args:
         run: The run.
-        pipeline: A pipeline around the averaged weights.
+        pipeline: A pipeline around the averaged weights; one without labels is called with `num_images`.
         conditions: Label sets to draw, one an image; of the validation images, as the test lists are for the end.
         judge: Folder of the judge that scores the images; with `None` nothing is scored.
         num_drawn: How many of the conditions appear in a grid.
+        data: The run's images, with which drawn images of one condition are compared; with `None` none are.
+
+    Raises:
+        ValueError: If `judge` does not know the pipeline's labels, or the pipeline has none.
     """
 
     def __init__(
@@ -28,6 +41,8 @@ class Validation:
         conditions: Sequence[Sequence[str]],
         judge: str | Path | None = None,
         num_drawn: int = 16,
+        *,
+        data: TrainingData | None = None,
     ) -> None:
         self.run = run
         self.pipeline = pipeline
@@ -36,24 +51,31 @@ class Validation:
         self.judge = None
         if judge is None:
             run.print("No `judge` is given: nothing is scored on the way, and no `best_pipeline` is kept.")
+        elif pipeline.vocabulary is None:
+            raise ValueError(f"`judge` must be none for a pipeline without labels, got {judge}.")
         else:
             self.judge = load_judge(judge, pipeline.vocabulary.names).to(run.accelerator.device)
         self.measure = {
             "judge": str(judge),
             "num_conditions": len(self.conditions),
         } | {name: value for name, value in pipeline.config.items() if name.startswith("default_")}
+        self.compared: list[list[str]] = []
+        if data is not None:
+            self.compared, self.real_pixels, self.real_numbers = self._find_alike(data)
         pipeline.set_progress_bar_config(disable=True)
 
     def draw(self) -> None:
-        """Writes a grid to `output_dir/samples`, on the main process."""
-        if not self.run.accelerator.is_main_process:
-            return
-        conditions = self.conditions[: self.num_drawn]
-        with self.run.accelerator.autocast():
-            images = self.pipeline(conditions, seeds=list(range(len(conditions)))).images
-        grid = make_grid(images, ["\n".join(labels) for labels in conditions])
-        path = self.run.output_dir / "samples" / f"step-{self.run.step:08d}.png"
-        save_png(grid, path, {"step": self.run.step, "labels": conditions, "seeds": list(range(len(conditions)))})
+        """Writes a grid to `output_dir/samples`, on the main process, and warns if images of one condition are alike."""
+        if self.run.accelerator.is_main_process:
+            conditions = self.conditions[: self.num_drawn]
+            seeds = list(range(len(conditions)))
+            images = self._images(conditions, seeds, "pil")
+            captions = None if self.pipeline.vocabulary is None else ["\n".join(labels) for labels in conditions]
+            path = self.run.output_dir / "samples" / f"step-{self.run.step:08d}.png"
+            facts = {"step": self.run.step, "labels": conditions if captions else None, "seeds": seeds}
+            save_png(make_grid(images, captions), path, facts)
+        if self.compared:
+            self._measure_diversity()
 
     @torch.no_grad()
     def score(self) -> None:
@@ -68,10 +90,61 @@ class Validation:
         total = torch.zeros(2, device=accelerator.device)  # labels found, labels asked for
         ours = list(range(accelerator.process_index, len(self.conditions), accelerator.num_processes))
         if ours:
-            class_labels = self.pipeline.encode_labels([self.conditions[i] for i in ours]).to(accelerator.device)
-            with accelerator.autocast():
-                images = self.pipeline(class_labels, seeds=ours, output_type="pt").images
-            logits = self.judge(2 * images.to(accelerator.device) - 1).logits
+            conditions = [self.conditions[i] for i in ours]
+            class_labels = self.pipeline.encode_labels(conditions).to(accelerator.device)
+            images = self._images(conditions, ours, "pt").to(accelerator.device)
+            logits = self.judge(2 * images - 1).logits
             total += torch.stack([top_k_hits(logits, class_labels).sum(), (class_labels > 0).sum()])
         found, asked = accelerator.reduce(total).tolist()
         self.run.keep_best(found / asked, self.pipeline, self.measure)
+
+    def _images(self, conditions: Sequence[Sequence[str]], seeds: Sequence[int], output_type: str) -> Any:  # noqa: ANN401 -- PIL images, or a tensor
+        labels = {"num_images": len(seeds)} if self.pipeline.vocabulary is None else {"class_labels": conditions}
+        with self.run.accelerator.autocast():
+            return self.pipeline(**labels, seeds=seeds, output_type=output_type).images
+
+    def _find_alike(self, data: TrainingData) -> tuple[list[list[str]], Tensor, Tensor]:
+        """Finds the conditions of which most training images show exactly the labels, and some of these images.
+
+        Returns:
+            Up to `NUM_COMPARED` conditions with at least two images, none where these are all the same; the images'
+            pixels (N, C * H * W) in [0, 1]; and the number of each one's condition (N,).
+        """
+        if self.pipeline.vocabulary is None:
+            groups = [([], data.indices)]
+        else:
+            wanted = data.store.vocabulary.encode(self.conditions).numpy() > 0
+            rows = data.store.class_labels[data.indices] > 0
+            groups = [
+                (labels, data.indices[(rows == row).all(axis=1)])
+                for labels, row in zip(self.conditions, wanted, strict=True)
+            ]
+            groups.sort(key=lambda group: -len(group[1]))
+        groups = [(labels, indices[:MAX_REAL]) for labels, indices in groups[:NUM_COMPARED] if len(indices) > 1]
+        if not groups:
+            return [], torch.empty(0), torch.empty(0)
+        shown = np.concatenate([indices for _, indices in groups])
+        numbers = np.repeat(np.arange(len(groups)), [len(indices) for _, indices in groups])
+        pixels = torch.from_numpy(np.array(data.store.pixel_values[shown])).flatten(1) / 255
+        numbers = torch.from_numpy(numbers)
+        differ = any(distance > 0 for distance in diversity(pixels, numbers).values())
+        return [labels for labels, _ in groups if differ], pixels, numbers
+
+    def _measure_diversity(self) -> None:
+        """Logs how much drawn images of one condition differ, 1 being as much as real ones, and warns where little."""
+        accelerator = self.run.accelerator
+        value = torch.zeros((), device=accelerator.device)
+        if accelerator.is_main_process:
+            conditions = [labels for labels in self.compared for _ in range(NUM_COMPARED)]
+            images = self._images(conditions, list(range(len(conditions))), "pt").flatten(1).cpu()
+            numbers = torch.arange(len(self.compared)).repeat_interleave(NUM_COMPARED)
+            value += relative_diversity(self.real_pixels, self.real_numbers, images, numbers)["value"]
+        share = accelerator.reduce(value).item()
+        self.run.log(diversity=share)
+        if share < ALIKE:
+            self.run.print(
+                f"Step {self.run.step}: images of one condition are alike, whatever the seed: they differ"
+                f" {share:.2f} times as much as real ones. Where this lasts, a GAN wants `diff_augment`,"
+                " `r1_weight` or a lower `evaluator_weight` or `auxiliary_weight`, a diffusion model a lower"
+                " `guidance_scale`."
+            )

@@ -5,6 +5,7 @@ from torch.testing import assert_close
 from iclevr_diffusion.augmentation import (
     DIFF_AUGMENT_POLICIES,
     diff_augment,
+    discriminate,
     random_brightness,
     random_contrast,
     random_cutout,
@@ -173,3 +174,30 @@ def test_an_unknown_policy_is_refused(policy):
 def test_one_image_without_a_batch_is_refused():
     with pytest.raises(ValueError, match=r"`pixel_values` must have shape .* got \(3, 16, 16\)"):
         diff_augment(make_images()[0], ("color",))
+
+
+def test_a_discriminator_tells_changed_images_apart_and_reads_the_labels_of_the_images_as_they_are():
+    images, class_labels = make_images(), torch.zeros(3, 2)
+    shown = []
+
+    def discriminator(pixel_values, class_labels):
+        shown.append(pixel_values)
+        return pixel_values.mean((1, 2, 3)), pixel_values.flatten(1)[:, :2]
+
+    torch.manual_seed(0)
+    logits, class_logits = discriminate(discriminator, images, class_labels, ("color",))
+    assert len(shown) == 2 and not shown[0].equal(images)
+    assert logits.equal(shown[0].mean((1, 2, 3)))
+    assert class_logits.equal(images.flatten(1)[:, :2])
+
+
+@pytest.mark.parametrize(("policy", "class_logits"), [((), torch.zeros(3, 2)), (("color",), None)])
+def test_a_discriminator_is_asked_once_where_there_is_nothing_to_read_or_to_change(policy, class_logits):
+    shown = []
+
+    def discriminator(pixel_values, class_labels):
+        shown.append(pixel_values)
+        return pixel_values.mean((1, 2, 3)), class_logits
+
+    assert discriminate(discriminator, make_images(), torch.zeros(3, 2), policy)[1] is class_logits
+    assert len(shown) == 1

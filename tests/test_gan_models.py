@@ -272,6 +272,21 @@ def test_a_model_without_classes_needs_no_labels_and_refuses_any(make):
         model(first, torch.zeros(4, 5))
 
 
+@pytest.mark.parametrize("kind", [DCGANGenerator, SAGANGenerator])
+def test_a_standardized_generator_draws_deviations_from_the_mean_image(kind):
+    torch.manual_seed(0)
+    generator = kind(**TINY, standardized=True).eval()
+    latents, class_labels = make_inputs(generator)
+    deviation = generator(latents, class_labels)
+    mean = torch.rand(3, 16, 16)
+    generator.set_data_statistics(mean, 0.25)
+    torch.testing.assert_close(generator(latents, class_labels), mean + 0.25 * deviation)
+    with pytest.raises(ValueError, match=r"`mean` must be finite, of shape \(3, 16, 16\), and `std` positive"):
+        generator.set_data_statistics(mean[:, :1], 0.25)
+    with pytest.raises(ValueError, match="`standardized` must be true"):
+        kind(**TINY).set_data_statistics(mean, 0.25)
+
+
 def test_labels_after_a_relu_are_not_negative():
     seen = {}
     for name in ("DCGAN", "DCGAN with a ReLU", "SAGAN"):

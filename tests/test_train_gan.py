@@ -2,12 +2,17 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from iclevr_diffusion import load_pipeline
+from iclevr_diffusion.config import parse_config
+from iclevr_diffusion.data import open_store
+from iclevr_diffusion.gan_networks import StandardizedDiscriminator
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "train_scripts"
 SPEC = importlib.util.spec_from_file_location("train_gan", SCRIPTS / "train_gan.py")
@@ -43,8 +48,12 @@ def weights(folder):
         ({"discriminator": "acgan", "auxiliary_weight": 100.0, "ramp_steps": 2}, ("auxiliary_loss",)),
         ({"generator": "sagan", "discriminator": "sagan"}, ()),
         ({"generator": "cgan", "discriminator": "cgan", "loss": "nonsaturating"}, ()),
+        ({"generator": "cgan_embedding", "discriminator": "cgan_embedding", "loss": "nonsaturating"}, ()),
         ({"discriminator": "wgan", "loss": "wasserstein", "clip_weights": 0.01, "num_critic_steps": 2}, ()),
+        ({"discriminator": "wgan", "loss": "wasserstein", "gradient_penalty_weight": 10.0}, ("gradient_penalty",)),
         ({"discriminator": "projection", "diff_augment": ("color", "translation", "cutout")}, ()),
+        ({"standardize": True, "discriminator": "projection", "r1_weight": 0.1, "r1_every": 1}, ("r1_penalty",)),
+        ({"standardize": True, "generator": "sagan", "discriminator": "sagan"}, ()),
     ],
 )
 def test_every_kind_of_gan_trains_logs_and_is_opened(train, arguments, logged):
@@ -57,6 +66,23 @@ def test_every_kind_of_gan_trains_logs_and_is_opened(train, arguments, logged):
     assert (folder / "samples" / "step-00000002.png").is_file()
 
 
+def test_a_generator_of_standardized_images_carries_the_mean_of_the_data(train, tiny_dataset):
+    weights_of = weights(train(standardize=True))
+    store = open_store(tiny_dataset, resolution=16)
+    mean, std = store.statistics(store.indices("train"))
+    assert torch.allclose(weights_of["data_mean"], torch.from_numpy(mean)) and weights_of["data_std"].item() == (
+        pytest.approx(std)
+    )
+
+
+def test_a_discriminator_of_standardized_images_is_shown_those_alone():
+    seen = []
+    mean, real = torch.rand(3, 4, 4), torch.rand(2, 3, 4, 4)
+    network = StandardizedDiscriminator(lambda images, labels: seen.append((images, labels)), mean, 0.5)
+    network(real, "labels")
+    assert torch.allclose(seen[0][0], 2 * (real - mean)) and seen[0][1] == "labels"
+
+
 def test_a_resumed_gan_ends_with_the_weights_of_an_unbroken_one(train):
     arguments = {"ema_decay": 0.9, "diff_augment": ("translation",), "r1_weight": 1.0, "r1_every": 2}
     unbroken = weights(train("unbroken", max_steps=4, **arguments))
@@ -65,20 +91,68 @@ def test_a_resumed_gan_ends_with_the_weights_of_an_unbroken_one(train):
     assert all(value.equal(unbroken[name]) for name, value in resumed.items())
 
 
-def test_weights_of_a_clipped_critic_stay_small(train, monkeypatch):
-    critics = []
-    make = train_gan.DISCRIMINATORS["wgan"]
-    monkeypatch.setitem(
-        train_gan.DISCRIMINATORS, "wgan", lambda *args, **kwargs: critics.append(make(*args, **kwargs)) or critics[-1]
-    )
+def test_a_gan_without_labels_draws_as_many_images_as_are_asked_for(train):
+    folder = train(generator="cgan", discriminator="cgan", loss="nonsaturating", conditional=False)
+    pipeline = load_pipeline(folder / "pipeline")
+    assert pipeline.vocabulary is None
+    assert pipeline(num_images=3, seeds=[0, 1, 2], output_type="pt").images.shape == (3, 3, 16, 16)
+    assert (folder / "samples" / "step-00000002.png").is_file()
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The discriminators that are made, oldest first."""
+    discriminators, make = [], train_gan.make_gan
+
+    def make_and_keep(*arguments):
+        networks = make(*arguments)
+        discriminators.append(networks[1])
+        return networks
+
+    monkeypatch.setattr(train_gan, "make_gan", make_and_keep)
+    return discriminators
+
+
+def test_weights_of_a_clipped_critic_stay_small(train, made):
     train(discriminator="wgan", loss="wasserstein", clip_weights=0.01)
-    assert max(weight.abs().max().item() for weight in critics[0].parameters()) <= 0.01
+    assert max(weight.abs().max().item() for weight in made[0].parameters()) <= 0.01
+
+
+def test_a_critic_with_gradient_penalty_scores_each_image_by_itself(train, made):
+    train(discriminator="wgan", loss="wasserstein", gradient_penalty_weight=10.0)
+    assert made[0].config.norm == "layer"
+
+
+def test_an_evaluator_of_weight_nothing_is_not_even_opened(train):
+    folder = train(evaluator="no such judge", evaluator_weight=0.0)
+    assert "evaluator_loss" not in (folder / "metrics.jsonl").read_text()
+
+
+def test_the_evaluator_reads_images_that_are_not_augmented(train, monkeypatch):
+    seen, shown = [], []
+
+    class Evaluator(torch.nn.Module):
+        def forward(self, pixel_values):
+            seen.append(pixel_values.detach())
+            return SimpleNamespace(logits=pixel_values.mean((1, 2, 3))[:, None].expand(-1, 24))
+
+    monkeypatch.setattr(train_gan, "load_judge", lambda *_: Evaluator())
+    discriminate = train_gan.discriminate
+    monkeypatch.setattr(train_gan, "discriminate", lambda *args: shown.append(args[1].detach()) or discriminate(*args))
+    folder = train(evaluator="any", diff_augment=("color",), max_steps=1)
+    assert seen[0].equal(shown[-1])  # what the discriminator is given before it is changed
+    assert "evaluator_loss" in (folder / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"auxiliary_weight": 1.0}, "`auxiliary_weight` must be 0 for the discriminator dcgan"),
+        ({"auxiliary_weight": 1.0}, "`auxiliary_weight` must be above 0 for the discriminator acgan.* for dcgan"),
+        ({"discriminator": "acgan"}, "`auxiliary_weight` must be above 0 for the discriminator acgan.* for acgan"),
+        ({"gradient_penalty_weight": 1.0}, "`gradient_penalty_weight` must be 0 for the discriminator dcgan"),
+        ({"clip_weights": 0.0}, "`clip_weights` must be positive"),
+        ({"conditional": False, "generator": "cgan"}, "`conditional` must be true"),
+        ({"standardize": True, "generator": "cgan"}, "`standardize` must be false for the generator cgan"),
         ({"gradient_accumulation_steps": 2}, "`gradient_accumulation_steps` must be 1 for a GAN"),
         ({"betas": (0.5,)}, "`betas` must be two numbers"),
         ({"num_critic_steps": 0}, "`num_critic_steps` must be at least 1"),
@@ -88,3 +162,16 @@ def test_weights_of_a_clipped_critic_stay_small(train, monkeypatch):
 def test_settings_that_make_no_sense_are_refused(train, arguments, message):
     with pytest.raises(ValueError, match=message):
         train(**arguments)
+
+
+GAN_RECIPES = [path for path in sorted((SCRIPTS / "recipes").glob("*.yaml")) if "\ngenerator:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", GAN_RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_makes_networks_and_writes_into_a_folder_of_its_own_name(path):
+    config = parse_config(train_gan.GANConfig, ["--config", str(path)])
+    assert Path(config.output_dir).name == path.stem
+    assert "Hardware: " in path.read_text()
+    with torch.device("meta"):
+        statistics = np.zeros((1, config.resolution, config.resolution), dtype=np.float32), 1.0
+        train_gan.make_gan(config, 10 if config.conditional else 0, 1, statistics)

@@ -90,7 +90,7 @@ def main(config: DDPMConfig) -> None:
     alphas_cumprod = None if is_flow else scheduler.alphas_cumprod.to(run.accelerator.device)
     names, defaults = data.store.vocabulary.names, (config.num_inference_steps, config.guidance_scale)
     pipeline = ConditionalDDPMPipeline(ema.model, scheduler, names, *defaults)
-    validation = Validation(run, pipeline, data.choose_conditions(config.num_conditions), config.judge)
+    validation = Validation(run, pipeline, data.choose_conditions(config.num_conditions), config.judge, data=data)
     images_a_step = config.batch_size * config.gradient_accumulation_steps * run.accelerator.num_processes
     steps_an_epoch = max(1, round(len(data.indices) / images_a_step))
     sample_every = config.sample_every * (steps_an_epoch if config.sample_unit == "epochs" else 1)

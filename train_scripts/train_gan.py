@@ -1,6 +1,6 @@
 """Trains a GAN that draws images with given labels; without `--data` it renders its own scenes first.
 
-accelerate launch train_scripts/train_gan.py --config train_scripts/recipes/sagan_evaluator.yaml
+accelerate launch train_scripts/train_gan.py --config train_scripts/recipes/sagan_evaluator_real.yaml
 """
 
 from dataclasses import dataclass
@@ -8,63 +8,31 @@ from typing import Literal
 
 import torch
 
-from iclevr_diffusion.augmentation import diff_augment, random_flip
+from iclevr_diffusion.augmentation import discriminate, random_flip
 from iclevr_diffusion.config import option, parse_config
 from iclevr_diffusion.data import normalize
 from iclevr_diffusion.ema import ExponentialMovingAverage
+from iclevr_diffusion.gan_networks import GANNetworksConfig, make_gan
 from iclevr_diffusion.judging import load_judge
 from iclevr_diffusion.losses import (
+    ADVERSARIAL_LOSSES,
     auxiliary_loss,
     evaluator_loss,
     gradient_penalty,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-    nonsaturating_discriminator_loss,
-    nonsaturating_generator_loss,
     r1_penalty,
     ramp_weight,
-    wasserstein_critic_loss,
-    wasserstein_generator_loss,
 )
-from iclevr_diffusion.models.acgan import ACGANDiscriminator
-from iclevr_diffusion.models.cgan import CGANDiscriminator, CGANGenerator
-from iclevr_diffusion.models.dcgan import DCGANDiscriminator, DCGANGenerator
-from iclevr_diffusion.models.projection import ProjectionDiscriminator
-from iclevr_diffusion.models.sagan import SAGANDiscriminator, SAGANGenerator
-from iclevr_diffusion.models.wgan import WGANCritic
 from iclevr_diffusion.pipelines.pipeline_conditional_gan import ConditionalGANPipeline
 from iclevr_diffusion.training import TrainingRun
-from iclevr_diffusion.training_data import DataConfig, TrainingData
+from iclevr_diffusion.training_data import TrainingData
 from iclevr_diffusion.validation import Validation
-
-GENERATORS = {"dcgan": DCGANGenerator, "sagan": SAGANGenerator, "cgan": CGANGenerator}
-DISCRIMINATORS = {
-    "dcgan": DCGANDiscriminator,
-    "acgan": ACGANDiscriminator,
-    "sagan": SAGANDiscriminator,
-    "cgan": CGANDiscriminator,
-    "wgan": WGANCritic,
-    "projection": ProjectionDiscriminator,
-}
-LOSSES = {
-    "hinge": (hinge_discriminator_loss, hinge_generator_loss),
-    "nonsaturating": (nonsaturating_discriminator_loss, nonsaturating_generator_loss),
-    "wasserstein": (wasserstein_critic_loss, wasserstein_generator_loss),
-}
 
 
 @dataclass(kw_only=True)
-class GANConfig(DataConfig):
+class GANConfig(GANNetworksConfig):
     """Trains a GAN that draws images with given labels; without --data it renders its own scenes first."""
 
     flip: bool = option(False, "mirror half of the images")
-    generator: Literal["dcgan", "sagan", "cgan"] = option("dcgan", "network that draws")
-    discriminator: Literal["dcgan", "acgan", "sagan", "cgan", "wgan", "projection"] = option(
-        "dcgan", "network that tells real images from drawn ones"
-    )
-    latent_dim: int = option(100, "random numbers that the generator starts from")
-    base_channels: int = option(64, "width of the generator")
-    discriminator_channels: int | None = option(None, "width of the discriminator; none is its paper's")
     loss: Literal["hinge", "nonsaturating", "wasserstein"] = option("hinge", "what the two networks minimize")
     learning_rate: float = option(2e-4, "learning rate after the warm-up; of the generator, if there are two")
     discriminator_learning_rate: float | None = option(None, "learning rate of the discriminator; none is the same")
@@ -72,16 +40,13 @@ class GANConfig(DataConfig):
     weight_decay: float = option(0.0, "weight decay of Adam")
     max_grad_norm: float | None = option(None, "gradients longer than this are scaled down to it; none leaves them")
     num_critic_steps: int = option(1, "steps of the discriminator for one of the generator")
-    clip_weights: float | None = option(None, "largest weight of a critic, as in the first WGAN")
-    gradient_penalty_weight: float = option(0.0, "weight of the gradient penalty of a critic, 10 in its paper")
     r1_weight: float = option(0.0, "weight of the gradient penalty on real images, 10 in its paper")
     r1_every: int = option(16, "steps between penalties on real images, whose weight is multiplied by it")
-    auxiliary_weight: float = option(0.0, "weight of the discriminator's own reading of the labels")
-    ramp_steps: int = option(0, "steps over which the auxiliary weight rises from 0")
+    ramp_steps: int = option(0, "steps over which the auxiliary and the evaluator's weight rise from 0")
     evaluator: str | None = option(None, "judge that teaches the generator; it may not judge the result alone")
     evaluator_weight: float = option(1.0, "weight of what the evaluator reads in drawn images")
     diff_augment: tuple[str, ...] = option(
-        (), "changes of all images the discriminator sees: color translation cutout"
+        (), "changes of the images that the discriminator tells apart: color translation cutout"
     )
     ema_decay: float = option(0.0, "decay of the generator's averaged weights, the ones that are saved; 0 is off")
 
@@ -104,27 +69,20 @@ class GANConfig(DataConfig):
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"`betas` must be two numbers in [0, 1), got {self.betas}.")
-        if self.auxiliary_weight and self.discriminator != "acgan":
-            raise ValueError(
-                f"`auxiliary_weight` must be 0 for the discriminator {self.discriminator}, which reads no labels, got"
-                f" {self.auxiliary_weight}; take `discriminator: acgan`."
-            )
 
 
 def main(config: GANConfig) -> None:
     run = TrainingRun(config)
     data = TrainingData(run, config)
-    device, num_classes = run.accelerator.device, len(data.store.vocabulary)
+    device = run.accelerator.device
+    names = list(data.store.vocabulary.names) if config.conditional else []
 
-    generator = GENERATORS[config.generator](
-        num_classes, config.resolution, latent_dim=config.latent_dim, base_channels=config.base_channels
-    )
-    width = {} if config.discriminator_channels is None else {"base_channels": config.discriminator_channels}
-    discriminator = DISCRIMINATORS[config.discriminator](num_classes, config.resolution, **width)
-    discriminator_loss, generator_loss = LOSSES[config.loss]
+    statistics = data.store.statistics(data.indices) if config.standardize else None
+    generator, discriminator = make_gan(config, len(names), data.store.pixel_values.shape[1], statistics)
+    discriminator_loss, generator_loss = ADVERSARIAL_LOSSES[config.loss]
     evaluator = None
-    if config.evaluator is not None:
-        evaluator = load_judge(config.evaluator, data.store.vocabulary.names).to(device).requires_grad_(False)
+    if config.evaluator is not None and config.evaluator_weight:
+        evaluator = load_judge(config.evaluator, names).to(device).requires_grad_(False)
     ema = run.track(ExponentialMovingAverage(generator, config.ema_decay))
     options = {"betas": config.betas, "weight_decay": config.weight_decay}
     rates = config.learning_rate, config.discriminator_learning_rate or config.learning_rate
@@ -134,18 +92,21 @@ def main(config: GANConfig) -> None:
         *(generator, discriminator, g_optimizer, d_optimizer),
         *(run.lr_scheduler(optimizer) for optimizer in (g_optimizer, d_optimizer)),
     )
-    pipeline = ConditionalGANPipeline(ema.model, data.store.vocabulary.names)
-    validation = Validation(run, pipeline, data.choose_conditions(config.num_conditions), config.judge)
+    pipeline = ConditionalGANPipeline(ema.model, names)
+    validation = Validation(run, pipeline, data.choose_conditions(config.num_conditions), config.judge, data=data)
 
     for batch in run.batches(data.loader):
         generator.train(), discriminator.train()
-        real, class_labels = normalize(batch["pixel_values"]), batch["class_labels"]
+        real, class_labels = normalize(batch["pixel_values"]), batch["class_labels"][:, : len(names)]
         real = random_flip(real) if config.flip else real
         fake = generator(torch.randn(len(real), config.latent_dim, device=device), class_labels)
-        auxiliary_weight = ramp_weight(config.auxiliary_weight, run.step, start=0, stop=config.ramp_steps)
+        auxiliary_weight, evaluator_weight = (
+            ramp_weight(weight, run.step, start=0, stop=config.ramp_steps)
+            for weight in (config.auxiliary_weight, config.evaluator_weight)
+        )
 
-        real_logits, real_classes = discriminator(diff_augment(real, config.diff_augment), class_labels)
-        fake_logits, fake_classes = discriminator(diff_augment(fake.detach(), config.diff_augment), class_labels)
+        real_logits, real_classes = discriminate(discriminator, real, class_labels, config.diff_augment)
+        fake_logits, fake_classes = discriminate(discriminator, fake.detach(), class_labels, config.diff_augment)
         loss = discriminator_loss(real_logits, fake_logits)
         run.log(discriminator_loss=loss, real_logits=real_logits.mean(), fake_logits=fake_logits.mean())
         if config.auxiliary_weight:
@@ -168,15 +129,15 @@ def main(config: GANConfig) -> None:
 
         if run.step % config.num_critic_steps == 0:
             with run.accelerator.autocast():  # not the prepared one, whose gradients processes would exchange
-                shown = diff_augment(fake, config.diff_augment)
-                fake_logits, fake_classes = run.unwrap(discriminator)(shown, class_labels)
+                network = run.unwrap(discriminator)
+                fake_logits, fake_classes = discriminate(network, fake, class_labels, config.diff_augment)
             loss = generator_loss(fake_logits)
             run.log(generator_loss=loss)
             if config.auxiliary_weight:
                 loss = loss + auxiliary_weight * auxiliary_loss(fake_classes, class_labels)
             if evaluator is not None:
                 reading = evaluator_loss(evaluator(fake.float()).logits, class_labels)
-                loss = loss + config.evaluator_weight * reading
+                loss = loss + evaluator_weight * reading
                 run.log(evaluator_loss=reading)
             run.backward(loss, generator, "generator")
             g_optimizer.step()

@@ -55,6 +55,8 @@ class SAGANGenerator(ModelMixin, ConfigMixin):
         latent_dim: Width of the noise, and of the labels that are joined to it.
         base_channels: Channels of the last hidden stage, a multiple of 8; each stage before has twice as many.
         label_activation: Whether a ReLU follows the labels' linear layer.
+        standardized: Whether the network draws the images' deviation from their mean, in units of its deviation, in
+            the place of images that a tanh bounds; `set_data_statistics` says what these are.
 
     Raises:
         ValueError: If `sample_size` is not a power of two of at least 16, or `base_channels` no multiple of 8.
@@ -70,6 +72,7 @@ class SAGANGenerator(ModelMixin, ConfigMixin):
         latent_dim: int = 100,
         base_channels: int = 64,
         label_activation: bool = True,
+        standardized: bool = False,
     ) -> None:
         super().__init__()
         num_stages = _count_stages(sample_size)
@@ -83,8 +86,32 @@ class SAGANGenerator(ModelMixin, ConfigMixin):
             layers += [_normalize(convolution), nn.BatchNorm2d(after), nn.ReLU()]
             if stage >= num_stages - 2:
                 layers.append(SelfAttention(after))
-        layers += [_normalize(nn.ConvTranspose2d(widths[-1], out_channels, 4, 2, 1)), nn.Tanh()]
+        layers += [_normalize(nn.ConvTranspose2d(widths[-1], out_channels, 4, 2, 1))]
+        layers += [] if standardized else [nn.Tanh()]
         self.layers = nn.Sequential(*layers)
+        if standardized:
+            self.register_buffer("data_mean", torch.zeros(out_channels, sample_size, sample_size))
+            self.register_buffer("data_std", torch.ones(()))
+
+    def set_data_statistics(self, mean: Tensor, std: float) -> None:
+        """Stores the mean image and the deviation around it that a `standardized` generator draws with.
+
+        Args:
+            mean: Mean image (out_channels, H, W), in the units of pixels in [-1, 1].
+            std: Deviation of the pixels from `mean`, one positive number.
+
+        Raises:
+            ValueError: If the generator is not `standardized`, or a value does not fit.
+        """
+        if not self.config.standardized:
+            raise ValueError("`standardized` must be true for a generator with data statistics; build one with it.")
+        if tuple(mean.shape) != tuple(self.data_mean.shape) or not mean.isfinite().all() or not std > 0:
+            raise ValueError(
+                f"`mean` must be finite, of shape {tuple(self.data_mean.shape)}, and `std` positive, got"
+                f" {tuple(mean.shape)} and {std}."
+            )
+        self.data_mean.copy_(mean)
+        self.data_std.fill_(std)
 
     def forward(self, latents: Tensor, class_labels: Tensor) -> Tensor:
         """Draws one image for each row of noise.
@@ -94,7 +121,7 @@ class SAGANGenerator(ModelMixin, ConfigMixin):
             class_labels: Multi-hot rows (B, num_classes).
 
         Returns:
-            Images (B, out_channels, H, W) in [-1, 1].
+            Images (B, out_channels, H, W) in [-1, 1], which a `standardized` network may leave by its errors.
 
         Raises:
             ValueError: If a shape does not fit.
@@ -109,7 +136,8 @@ class SAGANGenerator(ModelMixin, ConfigMixin):
         embedding = self.label_embedding(class_labels.to(latents.dtype))
         if self.config.label_activation:
             embedding = embedding.relu()
-        return self.layers(torch.cat([latents, embedding], dim=1)[:, :, None, None])
+        sample = self.layers(torch.cat([latents, embedding], dim=1)[:, :, None, None])
+        return self.data_mean + self.data_std * sample if self.config.standardized else sample
 
 
 class SAGANDiscriminator(ModelMixin, ConfigMixin):
