@@ -142,6 +142,9 @@ class TrainingRun:
             flat = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in _plain(config).items()}
             self.accelerator.init_trackers(self.output_dir.name, config=flat)
         accelerate.utils.set_seed(config.seed)  # the same first weights everywhere
+        # Adam's averages for units that get no gradient fall below the smallest normal numbers, with which a CPU takes
+        # many times as long; they count as zeros.
+        torch.set_flush_denormal(True)
         self.print(f"Outputs go to {self.output_dir.resolve()}.")
         num_cores = os.cpu_count() or 1
         if (
