@@ -58,6 +58,7 @@ def without(cure: dict[str, Any]) -> dict[str, Any]:
 GANS: dict[str, dict[str, Any]] = {
     "all cures": CURED,
     "no cure": {},
+    "other rates": RATES | {"betas": CURED["betas"]},
     "not standardized": without({"standardize": True}),
     "labels as a plane": CURED | {"discriminator": "dcgan"},
     "no penalty": without(SMOOTH),
@@ -72,7 +73,8 @@ GANS: dict[str, dict[str, Any]] = {
 }
 # Failure and cure by the names above, and what is wrong.
 PAIRS = (
-    ("no cure", "all cures", "a DCGAN as it is reported, beside all that follows at once"),
+    ("no cure", "all cures", "a DCGAN as it is reported, beside all cures at once"),
+    ("no cure", "other rates", "two higher learning rates and no momentum, and nothing else"),
     ("not standardized", "all cures", "the networks must first find what differs from the background"),
     ("labels as a plane", "all cures", "the discriminator may overlook the labels"),
     ("no penalty", "all cures", "the discriminator becomes too sure and its gradients useless"),

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 import iclevr_diffusion
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-NAMES_OF_COMMANDS = ("compare", "evaluate", "render", "sample")
+NAMES_OF_COMMANDS = ("compare", "evaluate", "picture", "render", "sample")
 
 
 def requirements(lines: list[str], python: str | None = None, extra: str = "") -> dict[str, Requirement]:
@@ -42,8 +42,9 @@ def test_the_commands_can_be_called():
 def test_every_imported_package_is_a_declared_dependency(folder):
     declared = set(requirements(requires("iclevr_diffusion")))
     # Imported where they are used, with an error that names the extra.
-    optional = {"matplotlib": "eval", "torch_fidelity": "fid"}
+    optional = {"matplotlib": "eval", "sklearn": "digits", "torch_fidelity": "fid"}
     for name, extra in optional.items():
+        name = {"sklearn": "scikit-learn"}.get(name, name)
         assert canonicalize_name(name) in requirements(requires("iclevr_diffusion"), extra=extra)
     providers = packages_distributions()
     for path in sorted((REPOSITORY / folder).rglob("*.py")):
@@ -57,7 +58,7 @@ def test_every_imported_package_is_a_declared_dependency(folder):
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
-@pytest.mark.parametrize("extra", ["", "dev", "eval", "test", "tracking"])
+@pytest.mark.parametrize("extra", ["", "dev", "digits", "eval", "test", "tracking"])
 def test_the_constraints_pin_every_dependency_within_its_bounds(python, extra):
     lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = requirements([line for line in lines if not line.startswith("#")], python)
