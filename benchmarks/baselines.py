@@ -6,8 +6,9 @@
 
 The rows are those of `baselines.yaml`. Each is trained by its script in a process of its own, for its whole recipe or
 for `--minutes` of training, exported in half precision and scored by `iclevr-evaluate`; what is done is not done
-again, and what was stopped goes on where it was. A row that fails leaves the others alone. In `--out` lie the runs, what
-they printed (`logs/`), the exported pipelines and their evaluations; what the table is made of is copied to `--records`.
+again, what was stopped goes on where it was, and other judges or seeds score anew. A row that fails leaves the others
+alone. In `--out` lie the runs, what they printed (`logs/`), the exported pipelines and their evaluations; what the table
+is made of is copied to `--records`.
 With `--table` nothing is run: the table is made of the records alone, and names the rows that are missing.
 """
 
@@ -51,6 +52,8 @@ class Baselines:
         dtype: Type of the weights while they are scored.
         seeds: Images of each condition; None is what `iclevr-evaluate` takes by itself.
         judges: Judges that score.
+        sampling_steps: Steps of DDIM with which those diffusion models are scored that would take more by themselves;
+            None leaves them theirs.
     """
 
     def __init__(
@@ -65,10 +68,11 @@ class Baselines:
         dtype: str | None = None,
         seeds: int | None = None,
         judges: Sequence[str] = DEFAULT_JUDGES,
+        sampling_steps: int | None = None,
     ) -> None:
         self.rows, self.out, self.records = rows, out, records
         self.minutes, self.data, self.device = minutes, data, device
-        self.dtype, self.seeds, self.judges = dtype, seeds, judges
+        self.dtype, self.seeds, self.judges, self.sampling_steps = dtype, seeds, judges, sampling_steps
 
     def run(self, name: str) -> None:
         """Does what is not done of a row, and writes its record.
@@ -85,8 +89,11 @@ class Baselines:
             best = run_folder / "best_pipeline"
             weights = best if best.is_dir() else run_folder / "pipeline"
             export_pipeline(load_pipeline(weights), exported, facts=card_facts(row), training=run_folder)
-        if not (scores / "results.json").is_file():
+        options = json.dumps(self._scoring_options(row))
+        asked = scores.with_name(f"{name}.json")
+        if not (scores / "results.json").is_file() or not asked.is_file() or asked.read_text() != options:
             self._call(name, "evaluation", self.evaluation_command(row))
+            write_text(asked, options)
         self._write_record(row)
 
     def training_command(self, row: Row) -> list[str]:
@@ -104,20 +111,31 @@ class Baselines:
 
     def evaluation_command(self, row: Row) -> list[str]:
         """Returns the command that scores a row's exported pipeline."""
-        has_real = bool(self.data or os.environ.get("ICLEVR_ROOT"))
         options = {
             "--pipeline": [str(self.out / "pipelines" / row.name)],
             "--out": [str(self.out / "scores" / row.name)],
             "--name": [row.name],
-            "--judges": list(self.judges),
-            "--protocols": [name for name in PROTOCOLS if name != "matched" or has_real],
-            "--data": [self.data] if self.data else [],
-            "--device": [self.device] if self.device else [],
-            "--dtype": [self.dtype] if self.dtype else [],
-            "--seeds": [str(self.seeds)] if self.seeds else [],
+            "--device": [] if self.device is None else [self.device],
+            **self._scoring_options(row),
         }
         command = [sys.executable, "-m", "iclevr_diffusion.evaluate"]
         return command + [word for name, words in options.items() if words for word in (name, *words)]
+
+    def _scoring_options(self, row: Row) -> dict[str, list[str]]:
+        """Returns the flags that the scores of a row's exported pipeline depend on."""
+        has_real = bool(self.data or os.environ.get("ICLEVR_ROOT"))
+        few = {}
+        if self.sampling_steps is not None:
+            index = json.loads((self.out / "pipelines" / row.name / "model_index.json").read_text(encoding="utf-8"))
+            if index.get("default_num_inference_steps", 1) > self.sampling_steps:
+                few = {"--num_inference_steps": [str(self.sampling_steps)], "--scheduler": ["DDIMScheduler"]}
+        return few | {
+            "--judges": list(self.judges),
+            "--protocols": [name for name in PROTOCOLS if name != "matched" or has_real],
+            "--data": [] if self.data is None else [self.data],
+            "--dtype": [] if self.dtype is None else [self.dtype],
+            "--seeds": [] if self.seeds is None else [str(self.seeds)],
+        }
 
     def _check_settings(self, row: Row) -> None:
         """Refuses to go on with a run of other settings, and writes those of a new one down."""
@@ -213,6 +231,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default=None, help="type of the weights while they are scored, such as bfloat16")
     parser.add_argument("--seeds", type=int, default=None, help="images of each condition; by default 30")
     parser.add_argument("--judges", nargs="+", default=list(DEFAULT_JUDGES), help="folders or names of judges")
+    parser.add_argument(
+        "--sampling_steps",
+        type=int,
+        default=None,
+        help="score diffusion models that take more steps with so many of DDIM; the table says so",
+    )
     parser.add_argument("--rows", type=Path, default=ROWS, help="the list of rows")
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of records; the table lies beside it")
     return parser.parse_args(argv)
@@ -228,14 +252,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = list(rows) if args.only is None else args.only
         if strangers := [name for name in names if name not in rows]:
             raise ValueError(f"`only` must name rows of {args.rows} ({', '.join(rows)}), got {', '.join(strangers)}.")
-        settings = {name: getattr(args, name) for name in ("minutes", "data", "device", "dtype", "seeds", "judges")}
+        settings = {
+            name: getattr(args, name)
+            for name in ("minutes", "data", "device", "dtype", "seeds", "judges", "sampling_steps")
+        }
         baselines = Baselines(rows, args.out, args.records, **settings)
         for name in [] if args.table else names:
             try:
                 baselines.run(name)
-            except (ValueError, OSError) as error:
+            except Exception as error:  # of whatever kind, it must not cost the other rows their night
                 failed.append(name)
-                print(f"{name}: {error}", file=sys.stderr, flush=True)
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         table = args.records.with_suffix(".md")
         write_text(table, make_table(rows, args.records))
     except (ValueError, OSError) as error:

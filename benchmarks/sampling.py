@@ -4,12 +4,13 @@
 
 By default the pipelines that come along are measured. The reported networks (DDPM, DCGAN, SAGAN, CGAN) are always
 measured too, in one run and on one machine, with random weights, which take as long as trained ones. Every image that
-is drawn alone is drawn in full; a batch of a pipeline with more than 50 calls is timed on 50 of them and multiplied,
+is drawn alone is drawn in full; a batch of a pipeline with more than 50 steps is timed on 50 of them and multiplied,
 and the result says so. `iclevr-compare` writes the section "Sampling time" of the leaderboard from the result.
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import shlex
 import sys
@@ -22,7 +23,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 
 from iclevr_diffusion import ICLEVR_LABELS, ConditionalDDPMPipeline, MultiLabelUNet2DModel, load_pipeline
-from iclevr_diffusion.call_options import call_options
+from iclevr_diffusion.call_options import call_options, takes
 from iclevr_diffusion.cost import measure_cost
 from iclevr_diffusion.environment import describe_environment
 from iclevr_diffusion.files import write_text
@@ -55,31 +56,40 @@ def reported_pipelines() -> Iterator[tuple[str, DiffusionPipeline]]:
         yield f"reported {name}", ConditionalGANPipeline(generator_class(len(names), 64), names)
 
 
-def named_pipelines(sources: list[str]) -> Iterator[tuple[str, DiffusionPipeline]]:
-    """Opens pipelines, named by their folders; without any, those that come along."""
+def open_named(sources: list[str]) -> dict[str, DiffusionPipeline]:
+    """Opens pipelines, named by their folders; without any, those that come along.
+
+    Raises:
+        ValueError: If there is no such pipeline, two share a name, or one maps images and draws none.
+    """
     if not sources:
         shipped = Path(__file__).parents[1] / "pipelines"
         sources = [str(path.parent) for path in sorted(shipped.glob("*/model_index.json"))]
+    pipelines: dict[str, DiffusionPipeline] = {}
     for source in sources:
         path = Path(source).resolve()
-        yield path.parent.name if path.name in ("pipeline", "best_pipeline") else path.name, load_pipeline(source)
+        name = path.parent.name if path.name in ("pipeline", "best_pipeline") else path.name
+        if name in pipelines:
+            raise ValueError(f"`pipelines` must have distinct names, got {name} twice; rename a folder.")
+        pipelines[name] = load_pipeline(source)
+        if not takes(pipelines[name], "class_labels"):
+            raise ValueError(f"`pipelines` must draw images of labels or of nothing, got {source}, which maps images.")
+    return pipelines
 
 
 def measure(pipeline: DiffusionPipeline, batch_size: int) -> dict[str, Any]:
     """Measures one image alone and `batch_size` together, as the pipeline draws by default."""
+    is_told = pipeline.vocabulary is not None
     pipeline.set_progress_bar_config(disable=True)
     options = call_options(pipeline, {})
     steps = options.get("num_inference_steps", 1)
     few = options | ({"num_inference_steps": TIMED_STEPS} if steps > TIMED_STEPS else {})
     share = steps / few.get("num_inference_steps", 1)
-    labels = [ICLEVR_LABELS.names[0]] if pipeline.vocabulary == ICLEVR_LABELS else [0]
 
     def draw(num_images: int, options: dict[str, Any] = few) -> None:
-        if pipeline.vocabulary is None:
-            pipeline(num_images=num_images, seeds=list(range(num_images)), micro_batch_size=num_images, **options)
-        else:
-            rows = [labels] * num_images
-            pipeline(rows, seeds=list(range(num_images)), micro_batch_size=num_images, output_type="np", **options)
+        what = {"class_labels": [[0]] * num_images} if is_told else {"num_images": num_images}
+        seeds = list(range(num_images))
+        pipeline(**what, seeds=seeds, micro_batch_size=num_images, output_type="np", **options)
 
     networks = [model for model in pipeline.components.values() if isinstance(model, torch.nn.Module)]
     cost = measure_cost(draw, networks, batch_size=batch_size)
@@ -99,7 +109,7 @@ def measure(pipeline: DiffusionPipeline, batch_size: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, prints and writes the result."""
+    """Measures, prints and writes the result; what a user gave wrongly ends it with one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipelines", nargs="*", help="folders, hub ids or names of pipelines that come along")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -107,15 +117,19 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4, help="images that are drawn together")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sampling.json")
     arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        parser.error(f"`batch_size` must be at least 1, got {arguments.batch_size}.")
 
-    device = torch.device(arguments.device)
+    try:
+        device = torch.device(arguments.device)
+        torch.zeros(1, device=device)
+        named = open_named(arguments.pipelines)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        parser.error(str(error).partition("\n")[0])
     systems: dict[str, Any] = {}
-    for source in (named_pipelines(arguments.pipelines), reported_pipelines()):
-        for name, pipeline in source:
-            if name in systems:
-                parser.error(f"`pipelines` must have distinct names, got {name} twice; rename a folder.")
-            systems[name] = measure(pipeline.to(device, getattr(torch, arguments.dtype)), arguments.batch_size)
-            print(f"{name}: {systems[name]['seconds_for_one_image']:.4g} seconds for one image", flush=True)
+    for name, pipeline in itertools.chain(named.items(), reported_pipelines()):
+        systems[name] = measure(pipeline.to(device, getattr(torch, arguments.dtype)), arguments.batch_size)
+        print(f"{name}: {systems[name]['seconds_for_one_image']:.4g} seconds for one image", flush=True)
     environment = describe_environment(device)
     result = {
         "schema_version": SCHEMA_VERSION,

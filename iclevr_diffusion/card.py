@@ -135,10 +135,12 @@ def render_card(
     )
     networks = _networks(folder, index)
     config = _read(networks[0] / "config.json")
+    maps_images = "generator_a_to_b" in index
     if index:
         names = index.get("label_names") or {}
         label_names = [names[str(position)] for position in range(len(names))]
-        tags = ["diffusers", "image-generation", "multi-label", *facts.tags]
+        task = "image-to-image" if maps_images else "image-generation"
+        tags = ["diffusers", task, *(["multi-label"] if label_names else []), *facts.tags]
         image_size, class_name = config["sample_size"], index["_class_name"][1]
     else:
         label_names = list(config["label_names"] or [])
@@ -164,7 +166,7 @@ def render_card(
         is_pipeline=bool(index),
         class_name=class_name,
         component_class=config["_class_name"],
-        maps_images="generator_a_to_b" in index,
+        maps_images=maps_images,
         scheduler_class=index.get("scheduler", [None, None])[1],
         prediction_type=config.get("prediction_type"),
         image_size=image_size,

@@ -1,12 +1,13 @@
 import json
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from iclevr_diffusion.data import BatchLoader, ImageStore, normalize, open_store
+from iclevr_diffusion.data import BatchLoader, ImageStore, normalize
 from iclevr_diffusion.training import TrainingRun
-from iclevr_diffusion.training_data import DataConfig, TrainingData
+from iclevr_diffusion.training_data import DataConfig, TrainingData, open_images
 
 # Added to a run's seed, which is smaller, so that domain A is shuffled otherwise than domain B.
 SEED_OF_A = 2**32
@@ -22,11 +23,11 @@ class UnpairedImages:
         run: The run.
         data: Its images.
         config: Its configuration; a folder of domain A is split, resized and held on the device like the other.
-        domain_a: `images` for those of domain B in another order, `noise` for `NoiseImages`, or a folder in the
-            layout of `config.data`.
+        domain_a: `images` for those of domain B in another order, `noise` for `NoiseImages`, or whatever
+            `config.data` may be.
 
     Raises:
-        ValueError: If the images of the two domains differ in their channels.
+        ValueError: If `domain_a` is nothing of that, or the images of the two domains differ in their channels.
     """
 
     def __init__(self, run: TrainingRun, data: TrainingData, config: DataConfig, domain_a: str) -> None:
@@ -48,11 +49,11 @@ class UnpairedImages:
         else:
             self._store_a, self._indices_a = data.store, data.indices
             if domain_a != "images":
-                self._store_a = open_store(
-                    domain_a, resolution=config.resolution, progress=accelerator.is_main_process
+                root, self._store_a = open_images(
+                    "domain_a", domain_a, config.resolution, progress=accelerator.is_main_process
                 )
                 self._indices_a = self._store_a.indices(config.split)
-                facts = {"domain_a": self._store_a.sha256, "root": domain_a, "num_images": len(self._indices_a)}
+                facts = {"domain_a": self._store_a.sha256, "root": str(root), "num_images": len(self._indices_a)}
                 if self._store_a.pixel_values.shape[1:] != shape:
                     raise ValueError(
                         f"`domain_a` must hold images of {shape[0]} channels, as `data` does, got"
@@ -72,18 +73,21 @@ class UnpairedImages:
         }
 
     def examples(self, num_images: int) -> dict[str, Tensor]:
-        """Returns `a` and `b`, up to `num_images` validation images of each domain, always the same ones."""
+        """Returns `a` and `b`, as many validation images of each, up to `num_images`, always the same ones."""
+        pixel_values_b = _choose(self._store_b, self._indices_b, num_images, seed=0)
         if self._store_a is None:
-            noise = NoiseImages(self._store_b.pixel_values.shape[1:], num_images, seed=0)
-            pixel_values_a = noise.batch(0)["pixel_values"]
+            pixel_values_a = NoiseImages(pixel_values_b.shape[1:], num_images, seed=0).batch(0)["pixel_values"]
         else:
             pixel_values_a = _choose(self._store_a, self._indices_a, num_images, seed=1)
-        pixel_values_b = _choose(self._store_b, self._indices_b, num_images, seed=0)
-        return {"a": normalize(pixel_values_a).to(self._device), "b": normalize(pixel_values_b).to(self._device)}
+        num_images = min(len(pixel_values_a), len(pixel_values_b))
+        pairs = (("a", pixel_values_a), ("b", pixel_values_b))
+        return {name: normalize(pixel_values[:num_images]).to(self._device) for name, pixel_values in pairs}
 
 
 class NoiseImages:
-    """Batches of images of noise: each channel of each pixel is drawn from 0 to 255 by itself, all alike.
+    """Batches of images of noise: each channel of each pixel is drawn by itself, evenly from 0 to 255.
+
+    Like the order of `BatchLoader`, it comes of raw Philox numbers, a stream that NumPy never changes.
 
     Args:
         shape: Shape (C, H, W) of an image.
@@ -113,8 +117,9 @@ class NoiseImages:
     def batch(self, step: int) -> dict[str, Tensor]:
         """Returns `pixel_values`, uint8 (batch_size, C, H, W), for `normalize`, of batch `step`, counted from 0."""
         number = step * self.num_processes + self.process_index
-        source = np.random.Generator(np.random.Philox(key=(number << 64) + self.seed))
-        pixel_values = source.integers(256, size=self.shape, dtype=np.uint8)
+        size = math.prod(self.shape)
+        words = np.random.Philox(key=(number << 64) + self.seed).random_raw(-(-size // 8)).astype("<u8")
+        pixel_values = words.view(np.uint8)[:size].reshape(self.shape)
         return {"pixel_values": torch.from_numpy(pixel_values).to(self.device)}
 
 

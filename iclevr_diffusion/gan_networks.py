@@ -42,6 +42,8 @@ WITHOUT_LABELS = ("cgan", "wgan")
 STANDARDIZED = ("dcgan", "sagan")
 # A gradient penalty asks for a slope image by image, and batch normalization mixes the images of a batch.
 WITHOUT_BATCH_NORM = ("sagan", "wgan", "projection")
+# Discriminators whose slope is bounded by themselves: every layer that sees the image has spectral norm.
+WITH_SPECTRAL_NORM = ("sagan", "projection")
 
 
 @dataclass(kw_only=True)
@@ -73,6 +75,9 @@ class GANNetworksConfig(DataConfig):
                 f"`standardize` must be false for the generator {self.generator}, got true; take"
                 f" {' or '.join(STANDARDIZED)}."
             )
+        for name in ("auxiliary_weight", "gradient_penalty_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be finite and at least 0, got {getattr(self, name)}.")
         if (self.discriminator == "acgan") != (self.auxiliary_weight > 0):
             raise ValueError(
                 "`auxiliary_weight` must be above 0 for the discriminator acgan, which learns the labels by it alone,"

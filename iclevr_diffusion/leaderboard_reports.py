@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from iclevr_diffusion.leaderboard import MEAN, TASK_LISTS, System, load_system
-from iclevr_diffusion.leaderboard_tables import DAGGER, DIVERSITY, REAL, markdown_row
+from iclevr_diffusion.leaderboard_tables import DAGGER, DIVERSITY, REAL, markdown_row, three_digits
 
 Kind = Literal["reported recipe", "cured", "ablation"]
 MARGIN = 0.03  # by which a cured system should be above the report
@@ -93,7 +93,7 @@ def read_rows(path: Path) -> dict[str, Row]:
             )
         rows[row.name] = row
     for row in rows.values():
-        if (row.kind == "cured") != (row.cures in rows):
+        if row.cures not in ({None} if row.kind != "cured" else rows.keys() - {row.name}):
             raise ValueError(
                 f"{path}, {row.name}: `cures` must name another row if it is a cured one, and nothing if it is not, got"
                 f" {row.cures!r} for the kind {row.kind!r}."
@@ -122,6 +122,7 @@ def make_run_record(row: Row, output_dir: Path, *, weights: str, training: Mappi
         "num_epochs": training["num_images"] / data["num_images"],
         "seconds": training["seconds"],
         "device": training["environment"].get("device", "-"),
+        "num_inference_steps": config.get("num_inference_steps"),
     }
 
 
@@ -142,12 +143,12 @@ def load_records(rows: Mapping[str, Row], folder: Path) -> dict[str, Record]:
         if name not in rows:
             raise ValueError(f"{path} must be of a row of the list, which has none named {name!r}; {again}.")
         run = json.loads(path.with_name("run.json").read_text(encoding="utf-8"))
-        if run["schema_version"] != SCHEMA_VERSION:
+        if run.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"{path.with_name('run.json')} must have schema_version {SCHEMA_VERSION}; {again}.")
         for key, value in _how_it_is_trained(rows[name]).items():
-            if run[key] != value:
+            if run.get(key) != value:
                 raise ValueError(
-                    f"{path.parent} was trained with {key} {run[key]!r}, and its row has {value!r}; {again}."
+                    f"{path.parent} was trained with {key} {run.get(key)!r}, and its row has {value!r}; {again}."
                 )
         system = load_system(path)
         if MEAN not in system.results:
@@ -179,7 +180,8 @@ def render_reports(rows: Mapping[str, Row], records: Mapping[str, Record], judge
     titles = ["system", "kind", *(f"reported: {name}" for name in TASK_LISTS), *TASK_LISTS]
     titles += ["points above the report", "diversity", "training", "aim", "remark"]
     lines = [markdown_row(titles), "|---|---|" + "---:|" * (len(titles) - 5) + "---|---|---|"]
-    if ceiling := _ceiling(records.values(), judge):
+    ceiling = _ceiling(records.values(), judge)
+    if ceiling is not None:
         scores = [_three_decimals(ceiling[name]) for name in TASK_LISTS]
         lines.append(markdown_row([f"*{REAL}*", "", "", "", *scores, "", "1", "", "", ""]))
     lines += [_line(rows, row, records.get(row.name), judge) for row in rows.values()]
@@ -189,10 +191,10 @@ def render_reports(rows: Mapping[str, Row], records: Mapping[str, Record], judge
     paragraphs = [
         "# Reported and measured",
         *filter(None, [summary]),
-        f"**{', '.join(TASK_LISTS)}**: top-k, as {judge} sees it, which taught none of the systems, with 95 % intervals;"
-        " the first row is that judge on real images. **Points above the report**: mean of both lists, in hundredths;"
-        " of a cured system above the report of the one that it cures. **Diversity**: how much images of one condition"
-        " differ in their pixels, as a share of real ones. **Training**: epochs and duration; `of` stands before what"
+        f"**{', '.join(TASK_LISTS)}**: top-k, as {judge} sees it, which taught none of the systems, with 95 % intervals"
+        f"{'' if ceiling is None else '; the first row is that judge on real images'}. **Points above the report**: mean"
+        " of both lists, in hundredths; of a cured system above the report of the one that it cures. **Diversity**: how"
+        " much images of one condition differ in their pixels, as a share of real ones. **Training**: epochs and duration; `of` stands before what"
         " the report had, or the recipe where that is not told. A row that had less compares with rows that had the same"
         " time, not with its report. **Aim**: a reported recipe reaches the reported mean within its interval; a cured"
         f" system is {100 * MARGIN:.0f} points above it, or at the judge's own ceiling, with a diversity of at least"
@@ -208,6 +210,13 @@ def render_reports(rows: Mapping[str, Row], records: Mapping[str, Record], judge
         paragraphs.append(
             f"Trained on {devices}. Of {len(run)} systems, {chosen} are scored by the weights that did best on the way"
             " on validation conditions, as another judge saw them; the others by their last weights."
+        )
+    if shortened := _shortened(records):
+        paragraphs.append(f"Drawn in fewer steps than their recipes': {', '.join(shortened)}.")
+    if budgets := _budgets(rows, records):
+        groups = "; ".join(f"{budget}: {', '.join(names)}" for budget, names in budgets.items())
+        paragraphs.append(
+            f"Less training than the report or the recipe had, and to be compared within a group: {groups}."
         )
     paragraphs.append(f"Not run yet: {', '.join(missing) or 'none'} ({len(missing)} of {len(rows)}).")
     return "\n\n".join(paragraphs) + "\n"
@@ -280,10 +289,34 @@ def _had_less(row: Row, run: Mapping[str, Any]) -> bool:
     return run["num_steps"] < run["max_steps"]
 
 
+def _shortened(records: Mapping[str, Record]) -> list[str]:
+    """Lists the systems that were scored with fewer sampling steps than their recipes have."""
+    names = []
+    for name, record in records.items():
+        own, taken = (
+            record.run["num_inference_steps"],
+            record.system.find("settings", "options", "num_inference_steps"),
+        )
+        if own is not None and taken is not None and taken < own:
+            names.append(f"{name} ({taken} of {own})")
+    return names
+
+
+def _budgets(rows: Mapping[str, Row], records: Mapping[str, Record]) -> dict[str, list[str]]:
+    """Groups the rows that had less training by what they had."""
+    groups: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        if name in records and _had_less(row, run := records[name].run):
+            minutes = run["max_minutes"]
+            time = "the recipe's steps" if minutes is None else f"at most {minutes:g} min"
+            groups.setdefault(f"{time} on {run['device']}", []).append(name)
+    return groups
+
+
 def _training(row: Row, run: Mapping[str, Any]) -> str:
     whole = row.epochs if row.epochs is not None else run["num_epochs"] * run["max_steps"] / run["num_steps"]
-    of = f" of {whole:.3g}" if _had_less(row, run) else ""
-    return f"{run['num_epochs']:.3g}{of} epochs, {run['seconds'] / 60:.1f} min"
+    of = f" of {three_digits(whole)}" if _had_less(row, run) else ""
+    return f"{three_digits(run['num_epochs'])}{of} epochs, {run['seconds'] / 60:.1f} min"
 
 
 def _aim(row: Row, held_against: Row, record: Record, judge: str) -> str:

@@ -9,6 +9,7 @@ from iclevr_diffusion.leaderboard_tables import markdown_row, three_digits
 SCHEMA_VERSION = 1
 YARDSTICK = "reported DDPM network, 1000 calls of DDPM"  # what every system's time is set against
 _NUMBERS = ("num_parameters", "network_calls_per_image", "seconds_for_one_image", "seconds_an_image_in_a_batch")
+_CIRCUMSTANCES = ("systems", "machine", "device", "dtype", "num_threads", "batch_size", "date")
 
 
 def load_sampling(path: Path) -> dict[str, Any]:
@@ -25,6 +26,8 @@ def load_sampling(path: Path) -> dict[str, Any]:
     version = sampling.get("schema_version") if isinstance(sampling, dict) else None
     if version != SCHEMA_VERSION:
         raise ValueError(f"{path} must have schema_version {SCHEMA_VERSION}, got {version!r}; {again}.")
+    if missing := [key for key in _CIRCUMSTANCES if key not in sampling]:
+        raise ValueError(f"{path} must say {', '.join(missing)}, and does not; {again}.")
     systems = sampling["systems"]
     if YARDSTICK not in systems:
         raise ValueError(f"{path} must hold the times of the {YARDSTICK}, and does not; {again}.")
@@ -46,8 +49,8 @@ def render_sampling(sampling: dict[str, Any]) -> list[str]:
     lines = [markdown_row([*titles, f"seconds an image, {batch_size} at a time"]), "|---|" + "---:|" * len(titles)]
     for name, system in sorted(systems.items(), key=lambda item: item[1]["seconds_for_one_image"]):
         in_batch = three_digits(system["seconds_an_image_in_a_batch"])
-        if system["batch_timed_on_steps"] is not None:
-            in_batch += f" (from {system['batch_timed_on_steps']} calls)"
+        if system.get("batch_timed_on_steps") is not None:
+            in_batch += f" (from {system['batch_timed_on_steps']} steps)"
         cells = [
             name,
             three_digits(system["network_calls_per_image"]),
@@ -64,6 +67,6 @@ def render_sampling(sampling: dict[str, Any]) -> list[str]:
         f"Measured side by side in one run on {where}, {sampling['date']}. The DDPM that others are set against is the"
         " reported one: its network asked 1000 times. Reported networks have random weights here, which take as long as"
         " trained ones. Every image drawn alone was drawn in full; where it is said, a batch was timed on some of its"
-        " calls and multiplied.",
+        " steps and multiplied.",
         "\n".join(lines),
     ]

@@ -100,8 +100,11 @@ def _image_files(path: Path) -> list[Path]:
 
 
 def _read_image(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        return image.convert("RGB")
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"`images` must be image files, folders of them, or the word noise: {error}.") from error
 
 
 def _noise_images(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list[Image.Image]:

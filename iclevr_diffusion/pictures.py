@@ -290,7 +290,7 @@ def draw_curves(runs: Sequence[str | Path], names: Sequence[str] | None = None) 
         raise ImportError(
             "A picture of curves needs matplotlib, which is not installed: pip install 'iclevr_diffusion[eval]'."
         ) from None
-    metrics = {str(run): _read_metrics(Path(run)) for run in runs}
+    metrics = {str(run): _read_metrics(run) for run in dict.fromkeys(map(Path, runs))}
     logged = list(
         dict.fromkeys(name for lines in metrics.values() for line in lines for name in line if name != "step")
     )
@@ -412,6 +412,10 @@ def _facts(
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
     path = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(
+            f"`runs` must be output folders of training runs, or their metrics.jsonl; there is no {path}."
+        )
     texts = path.read_text(encoding="utf-8").splitlines()
     lines = []
     for number, text in enumerate(texts, 1):

@@ -247,7 +247,8 @@ class TrainingRun:
         """Yields the batches that are still to be trained on, one a micro-step, and does all that lies between them.
 
         It resumes from the newest whole checkpoint, counts `step`, writes metrics and checkpoints and ends at
-        `max_steps`, or after `max_minutes` in this loop, samples and scores included. On SIGINT or SIGTERM it finishes the step, saves and leaves the program with code 128 + signal.
+        `max_steps`, or after `max_minutes` in this loop, samples and scores included. On SIGINT or SIGTERM it finishes
+        the step, saves and leaves the program with code 128 + signal.
         """
         config, accelerator = self.config, self.accelerator
         self._resume()

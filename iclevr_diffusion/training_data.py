@@ -1,12 +1,15 @@
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from iclevr_diffusion.config import TrainConfig, option
-from iclevr_diffusion.data import BatchLoader, ImageStore, open_store
+from iclevr_diffusion.data import BatchLoader, ImageStore, normalize, open_store
 from iclevr_diffusion.protocols import Protocol, open_protocol
 from iclevr_diffusion.rendering import render_dataset
 from iclevr_diffusion.training import TrainingRun
@@ -30,6 +33,30 @@ class DataConfig(TrainConfig):
     resident: bool = option(True, "hold the images on the device, or read them from their file", may_change=True)
 
 
+def open_images(
+    option: str, source: str | Path, resolution: int, *, progress: bool = True
+) -> tuple[str | Path, ImageStore]:
+    """Opens what an option of a run is given: a folder, ICLEVR_ROOT for that variable's, digits or mnist.
+
+    Returns:
+        The folder or the name, and its images.
+
+    Raises:
+        ValueError: If ICLEVR_ROOT is not set, or the folder is not what it should be.
+        FileNotFoundError: If the folder, or a file in it, is missing.
+    """
+    if source == "ICLEVR_ROOT":
+        source = os.environ.get("ICLEVR_ROOT")
+        if not source:
+            raise ValueError(f"`{option}` is ICLEVR_ROOT: set that variable to the folder that holds objects.json.")
+    try:
+        return source, open_store(source, resolution=resolution, progress=progress)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"`{option}`: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"`{option}`: {error}") from None
+
+
 class TrainingData:
     """The images that a run is trained on, its batches and the label sets that it draws on the way.
 
@@ -51,23 +78,18 @@ class TrainingData:
             training images where a small data set has no validation images.
 
     Raises:
-        ValueError: If `config.data` is ICLEVR_ROOT and that variable is not set, `config.hold_out` does not fit the
-            labels or leaves no image, or the images are not those that the checkpoints were trained on.
+        ValueError: If `config.data` is nothing that `open_images` opens, `config.hold_out` does not fit the labels or leaves no image, or the images are not those that the checkpoints were trained on.
     """
 
     def __init__(self, run: TrainingRun, config: DataConfig) -> None:
         accelerator = run.accelerator
         root = config.data
-        if config.data == "ICLEVR_ROOT":
-            root = os.environ.get("ICLEVR_ROOT")
-            if not root:
-                raise ValueError("`data` is ICLEVR_ROOT: set that variable to the folder that holds objects.json.")
         if root is None:
             root = run.output_dir / "data"
             if accelerator.is_main_process:
                 render_dataset(root, config.num_scenes, size=config.resolution, seed=config.seed)
             accelerator.wait_for_everyone()
-        self.store: ImageStore = open_store(root, resolution=config.resolution, progress=accelerator.is_main_process)
+        root, self.store = open_images("data", root, config.resolution, progress=accelerator.is_main_process)
         all_indices = self.store.indices(config.split)
         hold_out = None if config.hold_out is None else self._open_hold_out(config.hold_out)
         self.indices = self._without(hold_out, all_indices)
@@ -105,6 +127,10 @@ class TrainingData:
             run.print("Training on all images: nothing is held out, so no score on these images is independent.")
         run.describe("data.json", json.dumps({"root": str(root), **facts, "hold_out": left_out}, indent=2) + "\n")
         run.describe("conditions.json", json.dumps(seen) + "\n")
+
+    def example(self, device: torch.device) -> Tensor:
+        """Returns a training image (1, C, H, W) in [-1, 1]."""
+        return normalize(torch.from_numpy(self.store.pixel_values[self.indices[:1]])).to(device)
 
     def choose_conditions(self, num_conditions: int) -> list[tuple[str, ...]]:
         """Returns up to that many of the validation label sets, mixed in number of labels, the same ones every time."""

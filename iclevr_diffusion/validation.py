@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from iclevr_diffusion.distribution import diversity, relative_diversity
 from iclevr_diffusion.images import make_grid, save_png
@@ -17,6 +17,30 @@ from iclevr_diffusion.training_data import TrainingData
 NUM_COMPARED = 4  # conditions, and drawn images of each, whose likeness is measured
 MAX_REAL = 16  # real images of each of them
 ALIKE = 0.5  # a lower diversity, 1 being that of real images, raises the alarm
+
+
+def open_reader(
+    option: str, folder: str | Path, label_names: Sequence[str], example: Tensor | None = None
+) -> nn.Module:
+    """Opens a judge and has it read one image, so that one that cannot is refused before any training.
+
+    Args:
+        option: Name of the option that names the judge.
+        folder: The judge, as `load_judge` takes it.
+        label_names: Names that it must know, in this order.
+        example: An image (1, C, H, W) in [-1, 1], to whose device the judge goes; with `None` it reads none.
+
+    Raises:
+        ValueError: If there is no such judge, or it has other labels or wants images of another shape.
+    """
+    try:
+        judge = load_judge(folder, label_names)
+        if example is not None:
+            with torch.no_grad():
+                judge.to(example.device)(example)
+    except ValueError as error:
+        raise ValueError(f"`{option}`: {error}") from None
+    return judge
 
 
 class Validation:
@@ -31,7 +55,8 @@ class Validation:
         data: The run's images, with which drawn images of one condition are compared; with `None` none are.
 
     Raises:
-        ValueError: If `judge` does not know the pipeline's labels, or the pipeline has none.
+        ValueError: If `judge` does not know the pipeline's labels or cannot read the run's images, or the pipeline has
+            no labels.
     """
 
     def __init__(
@@ -54,7 +79,9 @@ class Validation:
         elif pipeline.vocabulary is None:
             raise ValueError(f"`judge` must be none for a pipeline without labels, got {judge}.")
         else:
-            self.judge = load_judge(judge, pipeline.vocabulary.names).to(run.accelerator.device)
+            device = run.accelerator.device
+            example = None if data is None else data.example(device)
+            self.judge = open_reader("judge", judge, pipeline.vocabulary.names, example).to(device)
         self.measure = {
             "judge": str(judge),
             "num_conditions": len(self.conditions),
@@ -120,7 +147,12 @@ class Validation:
                 for labels, row in zip(self.conditions, wanted, strict=True)
             ]
             groups.sort(key=lambda group: -len(group[1]))
-        groups = [(labels, indices[:MAX_REAL]) for labels, indices in groups[:NUM_COMPARED] if len(indices) > 1]
+        # From all over the data, since neighbours may show one scene.
+        groups = [
+            (labels, indices[:: -(-len(indices) // MAX_REAL)])
+            for labels, indices in groups[:NUM_COMPARED]
+            if len(indices) > 1
+        ]
         if not groups:
             return [], torch.empty(0), torch.empty(0)
         shown = np.concatenate([indices for _, indices in groups])

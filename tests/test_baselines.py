@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from test_leaderboard import changed, make_results
 
+import iclevr_diffusion
 from iclevr_diffusion.config import parse_config
 from iclevr_diffusion.images import save_png
 from iclevr_diffusion.leaderboard_reports import load_records, make_run_record, read_rows, render_reports
@@ -26,6 +27,7 @@ def load_module(path):
 
 baselines = load_module(REPOSITORY / "benchmarks" / "baselines.py")
 sampling = load_module(REPOSITORY / "benchmarks" / "sampling.py")
+gan_cures = load_module(REPOSITORY / "benchmarks" / "gan_cures.py")
 ROWS = read_rows(baselines.ROWS)
 
 LIST = """
@@ -45,13 +47,15 @@ def rows(tmp_path):
     return read_rows(tmp_path / "rows.yaml")
 
 
-def record(folder, row, top_k, num_epochs=100.0, num_steps=200, diversity=0.9, **options):
+def record(
+    folder, row, top_k, num_epochs=100.0, num_steps=200, diversity=0.9, max_minutes=None, steps=None, **options
+):
     """Writes the record of a row whose mean over both lists is `top_k`, as judge-a sees it."""
     results = make_results(row.name, top_k, **options)
     changed(results, "distribution", "diversity", "pixels", "value", to=diversity)
     run = {"schema_version": 1, "script": row.script, "recipe": row.recipe, "overrides": dict(row.overrides)}
-    run |= {"weights": "best_pipeline", "num_steps": num_steps, "max_steps": 200, "max_minutes": None}
-    run |= {"num_epochs": num_epochs, "seconds": 90.0, "device": "cpu"}
+    run |= {"weights": "best_pipeline", "num_steps": num_steps, "max_steps": 200, "max_minutes": max_minutes}
+    run |= {"num_epochs": num_epochs, "seconds": 90.0, "device": "cpu", "num_inference_steps": steps}
     (folder / row.name).mkdir(parents=True, exist_ok=True)
     (folder / row.name / "results.json").write_text(json.dumps(results))
     (folder / row.name / "run.json").write_text(json.dumps(run))
@@ -131,6 +135,27 @@ def test_a_cure_of_a_system_near_the_ceiling_aims_at_the_ceiling(rows, tmp_path,
     assert table_of(rows, tmp_path)[1]["mended"]["aim"] == aim
 
 
+def test_rows_of_less_training_are_grouped_by_what_they_had(rows, tmp_path):
+    record(tmp_path, rows["plain"], 0.8, num_epochs=50)
+    record(tmp_path, rows["without"], 0.8, num_steps=100, max_minutes=8.0)
+    record(tmp_path, rows["mended"], 0.8)
+    text, _ = table_of(rows, tmp_path)
+    assert "within a group: the recipe's steps on cpu: plain; at most 8 min on cpu: without." in text
+
+
+def test_a_system_that_was_drawn_in_fewer_steps_than_its_recipe_is_named(rows, tmp_path):
+    taken = make_results("plain", 0.8)["settings"]["options"]["num_inference_steps"]
+    record(tmp_path, rows["plain"], 0.8, steps=1000)
+    record(tmp_path, rows["mended"], 0.8, steps=taken)
+    record(tmp_path, rows["without"], 0.8)
+    assert f"fewer steps than their recipes': plain ({taken} of 1000)." in table_of(rows, tmp_path)[0]
+
+
+def test_many_epochs_are_written_out(rows, tmp_path):
+    record(tmp_path, rows["mended"], 0.8, num_epochs=5000.0, num_steps=100)
+    assert table_of(rows, tmp_path)[1]["mended"]["training"] == "5,000 of 10,000 epochs, 1.5 min"
+
+
 def test_an_ablation_has_no_aim_and_keeps_its_remark(rows, tmp_path):
     record(tmp_path, rows["without"], 0.4)
     row = table_of(rows, tmp_path)[1]["without"]
@@ -176,6 +201,8 @@ def test_a_record_of_another_recipe_is_refused(rows, tmp_path):
         ("name: mended", "name: plain", "distinct names, got 'plain' twice"),
         ("kind: ablation", "kind: cure", "`kind` must be one of reported recipe, cured, ablation, got 'cure'"),
         ("cures: plain", "cures: nobody", "`cures` must name another row"),
+        ("cures: plain", "cures: mended", "`cures` must name another row"),
+        ("epochs: 100", "cures: nobody", "nothing if it is not, got 'nobody' for the kind 'reported recipe'"),
         (", cures: plain", "", "`cures` must name another row"),
         ("epochs: 100", "epoch: 100", "must be a list of mappings with keys of"),
         ("test: 0.5, new_test: 0.5", "test: 0.5", "`reported` must have scores of test and new_test"),
@@ -210,7 +237,7 @@ def fake(rows, tmp_path, monkeypatch):
             (tmp_path / "out" / "runs" / name / "data.json").write_text('{"num_images": 250}')
         else:
             folder = tmp_path / "out" / "scores" / name
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "results.json").write_text(json.dumps(make_results(name, 0.8)))
             save_png(Image.new("RGB", (16, 16)), folder / "samples.png", {"labels": [["red cube"]]})
         return subprocess.CompletedProcess(command, 0)
@@ -260,6 +287,30 @@ def test_a_stopped_row_goes_on_with_what_is_missing(fake, tmp_path):
     assert [Path(command[1]).name for command in commands] == ["train_gan.py", "-m", "-m"]
 
 
+def test_other_seeds_or_judges_score_a_trained_row_anew(fake):
+    made, commands, _ = fake
+    made.seeds = 2
+    made.run("plain")
+    made.seeds, made.device = None, "cuda"
+    made.run("plain")
+    assert [Path(command[1]).name for command in commands] == ["train_gan.py", "-m", "-m"]
+    assert "--seeds" in commands[1] and "--seeds" not in commands[2]
+    made.run("plain")
+    assert len(commands) == 3
+
+
+@pytest.mark.parametrize(("steps", "words"), [(1000, ["50", "DDIMScheduler"]), (50, []), (None, [])])
+def test_only_what_would_take_more_steps_is_scored_with_fewer(fake, tmp_path, rows, steps, words):
+    made, _, _ = fake
+    made.sampling_steps = 50
+    (tmp_path / "out" / "pipelines" / "plain").mkdir(parents=True)
+    index = {} if steps is None else {"default_num_inference_steps": steps}
+    (tmp_path / "out" / "pipelines" / "plain" / "model_index.json").write_text(json.dumps(index))
+    command = made.evaluation_command(rows["plain"])
+    flags = ("--num_inference_steps", "--scheduler")
+    assert [command[command.index(flag) + 1] for flag in flags if flag in command] == words
+
+
 def test_overrides_are_flags_of_the_script(fake, tmp_path, rows):
     made, _, _ = fake
     made.minutes, made.data = 8.0, "images"
@@ -302,13 +353,15 @@ def test_a_failed_row_leaves_the_others_alone(tmp_path, monkeypatch, capsys):
         ran.append(name)
         if name == "plain":
             raise ValueError("it broke")
+        if name == "mended":
+            raise KeyError("num_steps")
 
     monkeypatch.setattr(baselines.Baselines, "run", run)
     arguments = ["--rows", str(tmp_path / "rows.yaml"), "--records", str(tmp_path / "records")]
-    with pytest.raises(SystemExit, match="baselines: plain failed"):
+    with pytest.raises(SystemExit, match="baselines: plain, mended failed"):
         baselines.main(arguments)
     assert ran == ["plain", "mended", "without"]
-    assert "plain: it broke" in capsys.readouterr().err
+    assert "plain: ValueError: it broke" in capsys.readouterr().err
     assert "Not run yet: plain" in (tmp_path / "records.md").read_text()
     with pytest.raises(SystemExit, match="`only` must name rows of .* got nobody"):
         baselines.main([*arguments, "--only", "nobody"])
@@ -363,7 +416,7 @@ def test_sampling_times_stand_beside_the_reported_ddpm(tmp_path):
     assert heading == "## Sampling time" and "Machine X, cpu, 1 thread, float32, 2030-01-02" in where
     assert table.splitlines()[2:] == [
         "| gan | 1 | 5.97 M | 0.01 | 2,000 | 0.005 |",
-        f"| {YARDSTICK} | 1,000 | 5.97 M | 20 | 1 | 10 (from 50 calls) |",
+        f"| {YARDSTICK} | 1,000 | 5.97 M | 20 | 1 | 10 (from 50 steps) |",
     ]
 
 
@@ -372,6 +425,10 @@ def test_sampling_times_stand_beside_the_reported_ddpm(tmp_path):
     [
         ("{", "must hold JSON"),
         (json.dumps({"schema_version": 0}), "must have schema_version 1, got 0"),
+        (
+            json.dumps({"schema_version": 1, "systems": {}}),
+            "must say machine, device, dtype, num_threads, batch_size, date",
+        ),
         (json.dumps(sampling_of(gan=1.0)), "must hold the times of the reported DDPM"),
         (
             json.dumps(sampling_of(**{YARDSTICK: 1.0, "gan": 0})),
@@ -385,6 +442,19 @@ def test_sampling_times_that_are_malformed_are_refused(tmp_path, content, messag
         load_sampling(tmp_path / "sampling.json")
 
 
+def test_pipelines_that_draw_nothing_or_share_a_name_are_refused_before_any_is_timed(tiny_pipeline, tmp_path):
+    for name in ("a", "b"):
+        tiny_pipeline.save_pretrained(tmp_path / name / "run" / "pipeline")
+    with pytest.raises(ValueError, match="`pipelines` must have distinct names, got run twice"):
+        sampling.open_named([str(tmp_path / name / "run" / "pipeline") for name in ("a", "b")])
+    generators = [
+        iclevr_diffusion.CycleGANGenerator(16, block_out_channels=(4, 8), num_residual_blocks=1) for _ in range(2)
+    ]
+    iclevr_diffusion.CycleGANPipeline(*generators).save_pretrained(tmp_path / "cycle")
+    with pytest.raises(ValueError, match="cycle, which maps images"):
+        sampling.open_named([str(tmp_path / "cycle")])
+
+
 def test_a_batch_of_many_calls_is_timed_on_some_and_multiplied(tiny_pipeline, monkeypatch):
     called = []
     monkeypatch.setattr(sampling, "TIMED_STEPS", 2)
@@ -393,9 +463,9 @@ def test_a_batch_of_many_calls_is_timed_on_some_and_multiplied(tiny_pipeline, mo
     call = type(tiny_pipeline).__call__
 
     @functools.wraps(call)  # its arguments are looked at
-    def count(self, rows, **options):
-        called.append((len(rows), options["num_inference_steps"]))
-        return call(self, rows, **options)
+    def count(self, class_labels, **options):
+        called.append((len(class_labels), options["num_inference_steps"]))
+        return call(self, class_labels, **options)
 
     monkeypatch.setattr(type(tiny_pipeline), "__call__", count)
     tiny_pipeline.register_to_config(default_num_inference_steps=6)
@@ -409,3 +479,20 @@ def test_a_few_calls_are_timed_in_full(tiny_pipeline):
     tiny_pipeline.register_to_config(default_num_inference_steps=2)
     cost = sampling.measure(tiny_pipeline, 2)
     assert [cost["network_calls_per_image"], cost["batch_timed_on_steps"]] == [2, None]
+
+
+def test_a_cure_is_counted_in_the_seeds_that_it_bettered():
+    def runs(*values):
+        names = ("labels_found", "diversity", "kernel_distance")
+        return {seed: dict(zip(names, numbers, strict=True)) | {"seconds": 9.0} for seed, numbers in enumerate(values)}
+
+    failure, cure, _ = gan_cures.PAIRS[0]
+    records = {
+        failure: runs((0.2, 0.9, 1.5), (0.4, 0.9, 1.5)),
+        cure: runs((0.3, 0.8, 1.0), (0.4, 0.8, 1.0), (1, 1, 0)),
+    }
+    first, second, *_ = gan_cures.summarize(records)
+    assert [first["failure"], first["cure"], first["seeds"]] == [failure, cure, [0, 1]]  # those that both have
+    assert first["seeds_cured"] == {"labels_found": 1, "kernel_distance": 2}  # a draw is no cure
+    assert first["cure_means"] == pytest.approx({"labels_found": 0.35, "diversity": 0.8, "kernel_distance": 1.0})
+    assert second["seeds"] == [] and "seeds_cured" not in second

@@ -219,6 +219,18 @@ def test_curves_are_of_all_losses_and_a_torn_last_line_is_left_out(tmp_path):
     assert {(63, 144, 218), (255, 169, 14)} <= colors  # a line, and a point alone
 
 
+def test_a_run_that_is_not_there_ends_the_command_with_one_line(tmp_path):
+    with pytest.raises(
+        SystemExit, match="^iclevr-picture: `runs` must be output folders of training runs.*no such run"
+    ):
+        picture.main(["curves", "no such run", "--out", str(tmp_path / "curves.png")])
+
+
+def test_a_run_that_is_named_twice_is_one_line(tmp_path):
+    run = write_metrics(tmp_path / "run", '{"step": 5, "loss": 1}')
+    assert draw_curves([str(run), f"{run}/"]).facts["runs"] == [str(run)]
+
+
 def test_curves_of_named_values_have_a_panel_each(tmp_path):
     run = write_metrics(tmp_path / "run", '{"step": 5, "loss": 1.0, "a": 1}', '{"step": 10, "loss": 0.5, "a": 2}')
     one, two = draw_curves([run], ["a"]), draw_curves([run], ["a", "loss"])
@@ -385,7 +397,7 @@ def test_the_command_draws_curves_without_a_pipeline(tmp_path):
         (["latents"], "nothing to draw"),
         (["latents", "red cube", "blue cube"], "`prompts` must be one, .* got 2"),
         (["translation", "noise"], "must map images to images"),
-        (["translation", "no such file"], "no such file"),
+        (["translation", "no such file"], "`images` must be image files.*no such file"),
         (["denoising", "red cube"], "draws in one call"),
         (["classes", "red cube", "--num_inference_steps", "2"], "got num_inference_steps"),
     ],

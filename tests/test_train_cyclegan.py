@@ -82,6 +82,14 @@ def test_a_resumed_cyclegan_ends_with_the_weights_of_an_unbroken_one(train):
     assert len(ours) == 3 and all(value.equal(theirs[name]) for name, value in ours.items())
 
 
+@pytest.mark.parametrize("domain_a", ["noise", "smaller"])
+def test_domains_of_different_sizes_are_drawn_side_by_side(train, tmp_path, domain_a):
+    if domain_a == "smaller":  # two validation images beside three
+        domain_a = str(render_dataset(tmp_path / "a", 3, size=16, seed=9, num_workers=1, progress=False))
+    folder = train(domain_a=domain_a)
+    assert (folder / "samples" / "step-00000002.png").is_file()
+
+
 def test_the_pool_decides_what_the_discriminators_learn(train):
     assert not are_equal(weights(train("pool", max_steps=4)), weights(train("large", max_steps=4, pool_size=50)))
 
@@ -101,9 +109,11 @@ def test_the_losses_are_least_squares():
         ({"betas": (0.5,)}, "`betas` must be two numbers"),
         ({"ema_decay": 1.0}, "`ema_decay` must lie in"),
         ({"pool_size": 0}, "`capacity` must be at least 1"),
+        ({"domain_a": "ICLEVR_ROOT"}, "`domain_a` is ICLEVR_ROOT: set that variable"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(train, arguments, message):
+def test_settings_that_make_no_sense_are_refused(train, monkeypatch, arguments, message):
+    monkeypatch.delenv("ICLEVR_ROOT", raising=False)
     with pytest.raises(ValueError, match=message):
         train(**arguments)
 
@@ -179,7 +189,15 @@ def test_examples_are_the_same_every_time_and_seldom_those_of_the_other_domain(m
     examples = domains.examples(4)
     assert all(examples[name].equal(again.examples(4)[name]) for name in "ab")
     assert not examples["a"].equal(examples["b"])
-    assert make_domains("noise")[0].examples(4)["a"].shape == (4, 3, 16, 16)
+    examples = make_domains("noise")[0].examples(2)
+    assert examples["a"].shape == examples["b"].shape == (2, 3, 16, 16)
+
+
+def test_a_folder_that_is_none_is_refused_by_the_name_of_its_option(make_domains, train):
+    with pytest.raises(FileNotFoundError, match="`domain_a`: `nowhere/iclevr` is not a folder"):
+        make_domains("nowhere")
+    with pytest.raises(FileNotFoundError, match="`data`: `nowhere/iclevr` is not a folder"):
+        train(data="nowhere")
 
 
 def test_domains_of_other_channels_are_refused(make_domains):

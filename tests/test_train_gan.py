@@ -136,7 +136,7 @@ def test_the_evaluator_reads_images_that_are_not_augmented(train, monkeypatch):
             seen.append(pixel_values.detach())
             return SimpleNamespace(logits=pixel_values.mean((1, 2, 3))[:, None].expand(-1, 24))
 
-    monkeypatch.setattr(train_gan, "load_judge", lambda *_: Evaluator())
+    monkeypatch.setattr(train_gan, "open_reader", lambda *_: Evaluator())
     discriminate = train_gan.discriminate
     monkeypatch.setattr(train_gan, "discriminate", lambda *args: shown.append(args[1].detach()) or discriminate(*args))
     folder = train(evaluator="any", diff_augment=("color",), max_steps=1)
@@ -157,11 +157,39 @@ def test_the_evaluator_reads_images_that_are_not_augmented(train, monkeypatch):
         ({"betas": (0.5,)}, "`betas` must be two numbers"),
         ({"num_critic_steps": 0}, "`num_critic_steps` must be at least 1"),
         ({"ema_decay": 1.0}, "`ema_decay` must lie in"),
+        ({"auxiliary_weight": -1.0}, "`auxiliary_weight` must be finite and at least 0, got -1.0"),
+        ({"evaluator_weight": -1.0}, "`evaluator_weight` must be finite and at least 0, got -1.0"),
+        ({"r1_weight": float("nan")}, "`r1_weight` must be finite"),
+        ({"ramp_steps": -1}, "`ramp_steps` must be at least 0, got -1"),
+        ({"num_conditions": 0}, "`num_conditions` must be at least 1, got 0"),
+        ({"discriminator_learning_rate": 0.0}, "`discriminator_learning_rate` must be positive or none, got 0.0"),
+        ({"diff_augment": ("colour",)}, "`diff_augment` must be some of color, translation, cutout, got colour"),
+        ({"loss": "wasserstein"}, "`loss` must not be wasserstein where nothing bounds the critic's slope"),
+        ({"evaluator": "no such judge"}, "`evaluator`: .*no such judge"),
+        ({"evaluator": "judge-small"}, r"`evaluator`: `pixel_values` must have shape .*64"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(train, arguments, message):
     with pytest.raises(ValueError, match=message):
         train(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"discriminator": "sagan"}, {"clip_weights": 0.01}, {"r1_weight": 1.0}])
+def test_a_wasserstein_loss_is_taken_where_the_critics_slope_is_bounded(arguments):
+    assert train_gan.GANConfig(loss="wasserstein", **arguments).loss == "wasserstein"
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_gan_and_resume_to_the_weights_of_an_unbroken_run(
+    run_script, tiny_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ICLEVR_CACHE", str(tmp_path / "cache"))
+    fields = SMALL | {"data": tiny_dataset, "ema_decay": 0.9, "r1_weight": 1.0, "r1_every": 2, "sample_every": 2}
+    flags = [word for name, value in fields.items() for word in (f"--{name}", value)]
+    for name, steps in (("unbroken", 4), ("stopped", 2), ("stopped", 4)):
+        run_script("train_gan.py", *flags, "--output_dir", tmp_path / name, "--max_steps", steps, num_processes=2)
+    unbroken, resumed = weights(tmp_path / "unbroken"), weights(tmp_path / "stopped")
+    assert all(value.equal(unbroken[name]) for name, value in resumed.items())
 
 
 GAN_RECIPES = [path for path in sorted((SCRIPTS / "recipes").glob("*.yaml")) if "\ngenerator:" in path.read_text()]

@@ -8,7 +8,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from iclevr_diffusion import LabelVocabulary
-from iclevr_diffusion.validation import Validation
+from iclevr_diffusion.data import normalize
+from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+from iclevr_diffusion.validation import MAX_REAL, Validation
 
 NAMES = ("red", "green", "blue")
 
@@ -55,7 +57,8 @@ def make_data(rows, pixel_values=None):
     store = SimpleNamespace(
         vocabulary=LabelVocabulary(NAMES), class_labels=np.array(rows, dtype=np.uint8), pixel_values=pixel_values
     )
-    return SimpleNamespace(store=store, indices=np.arange(len(rows)))
+    example = normalize(torch.from_numpy(pixel_values[:1]))
+    return SimpleNamespace(store=store, indices=np.arange(len(rows)), example=example.to)
 
 
 @pytest.fixture
@@ -101,6 +104,20 @@ def test_a_pipeline_without_labels_is_drawn_from_and_all_its_images_are_compared
     assert run.logged["diversity"] == pytest.approx(1, abs=0.2)
     (path,) = (run.output_dir / "samples").iterdir()
     assert json.loads(Image.open(path).text["labels"]) is None
+
+
+def test_compared_images_come_from_all_over_the_data(run):
+    data = make_data([[1, 0, 0]] * 100)
+    validation = Validation(run, FakePipeline(1.0), [["red"]], data=data)
+    shown = range(0, 100, 7)  # the least step with which no more are left
+    assert len(shown) <= MAX_REAL < len(range(0, 100, 6))
+    assert validation.real_pixels.equal(torch.from_numpy(data.store.pixel_values[list(shown)]).flatten(1) / 255)
+
+
+def test_a_judge_of_images_of_another_size_is_refused_before_any_training(run, tmp_path):
+    SmallLabelClassifier(3, 32, label_names=list(NAMES)).save_pretrained(tmp_path / "judge")
+    with pytest.raises(ValueError, match=r"`judge`: `pixel_values` must have shape .*32"):
+        Validation(run, FakePipeline(1.0), [["red"]], judge=tmp_path / "judge", data=make_data([[1, 0, 0]]))
 
 
 def test_a_judge_cannot_score_a_pipeline_without_labels(run):

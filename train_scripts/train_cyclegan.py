@@ -21,11 +21,11 @@ from iclevr_diffusion.training_data import DataConfig, TrainingData
 
 @dataclass(kw_only=True)
 class CycleGANConfig(DataConfig):
-    """Trains a CycleGAN, which maps images of domain A to domain B and back; domain B are the images of --data."""
+    """Trains a CycleGAN, which maps images of domain A to domain B and back; domain B is the images of --data."""
 
     domain_a: str = option(
         "images",
-        "`images` (those of domain B, shuffled), `noise`, a folder in the layout of `data`, digits or mnist",
+        "`images` (those of domain B, shuffled), `noise`, or whatever `data` may be",
         may_change=True,  # the run pins the images themselves
     )
     block_out_channels: tuple[int, ...] = option((64, 128, 256), "channels of the generators, finest first")

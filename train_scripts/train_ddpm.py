@@ -52,6 +52,8 @@ class DDPMConfig(DenoiserConfig):
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
         if self.min_snr_gamma is not None and not 0 < self.min_snr_gamma < float("inf"):
             raise ValueError(f"`min_snr_gamma` must be positive and finite, got {self.min_snr_gamma}.")
+        if self.num_conditions < 1:
+            raise ValueError(f"`num_conditions` must be at least 1, got {self.num_conditions}.")
         if not 1 <= self.num_inference_steps <= self.num_train_timesteps:
             raise ValueError(
                 f"`num_inference_steps` must lie between 1 and the {self.num_train_timesteps} of `num_train_timesteps`,"

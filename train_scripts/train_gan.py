@@ -8,12 +8,11 @@ from typing import Literal
 
 import torch
 
-from iclevr_diffusion.augmentation import discriminate, random_flip
+from iclevr_diffusion.augmentation import DIFF_AUGMENT_POLICIES, discriminate, random_flip
 from iclevr_diffusion.config import option, parse_config
 from iclevr_diffusion.data import normalize
 from iclevr_diffusion.ema import ExponentialMovingAverage
-from iclevr_diffusion.gan_networks import GANNetworksConfig, make_gan
-from iclevr_diffusion.judging import load_judge
+from iclevr_diffusion.gan_networks import WITH_SPECTRAL_NORM, GANNetworksConfig, make_gan
 from iclevr_diffusion.losses import (
     ADVERSARIAL_LOSSES,
     auxiliary_loss,
@@ -25,7 +24,7 @@ from iclevr_diffusion.losses import (
 from iclevr_diffusion.pipelines.pipeline_conditional_gan import ConditionalGANPipeline
 from iclevr_diffusion.training import TrainingRun
 from iclevr_diffusion.training_data import TrainingData
-from iclevr_diffusion.validation import Validation
+from iclevr_diffusion.validation import Validation, open_reader
 
 
 @dataclass(kw_only=True)
@@ -62,9 +61,27 @@ class GANConfig(GANNetworksConfig):
                 f"`gradient_accumulation_steps` must be 1 for a GAN, got {self.gradient_accumulation_steps}; take a"
                 " larger `batch_size`."
             )
-        for name in ("num_critic_steps", "r1_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name, least in (("num_critic_steps", 1), ("r1_every", 1), ("num_conditions", 1), ("ramp_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        for name in ("r1_weight", "evaluator_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be finite and at least 0, got {getattr(self, name)}.")
+        if self.discriminator_learning_rate is not None and not self.discriminator_learning_rate > 0:
+            raise ValueError(
+                f"`discriminator_learning_rate` must be positive or none, got {self.discriminator_learning_rate}."
+            )
+        unknown = [name for name in self.diff_augment if name not in DIFF_AUGMENT_POLICIES]
+        if unknown:
+            raise ValueError(
+                f"`diff_augment` must be some of {', '.join(DIFF_AUGMENT_POLICIES)}, got {', '.join(unknown)}."
+            )
+        is_bounded = self.clip_weights or self.gradient_penalty_weight or self.r1_weight
+        if self.loss == "wasserstein" and not is_bounded and self.discriminator not in WITH_SPECTRAL_NORM:
+            raise ValueError(
+                "`loss` must not be wasserstein where nothing bounds the critic's slope; take `clip_weights` 0.01,"
+                f" `gradient_penalty_weight` 10 or a discriminator with spectral norm, got {self.discriminator}."
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -82,7 +99,7 @@ def main(config: GANConfig) -> None:
     discriminator_loss, generator_loss = ADVERSARIAL_LOSSES[config.loss]
     evaluator = None
     if config.evaluator is not None and config.evaluator_weight:
-        evaluator = load_judge(config.evaluator, names).to(device).requires_grad_(False)
+        evaluator = open_reader("evaluator", config.evaluator, names, data.example(device)).requires_grad_(False)
     ema = run.track(ExponentialMovingAverage(generator, config.ema_decay))
     options = {"betas": config.betas, "weight_decay": config.weight_decay}
     rates = config.learning_rate, config.discriminator_learning_rate or config.learning_rate

@@ -61,13 +61,16 @@ def negative_bound(
 @torch.no_grad()
 def score(run: TrainingRun, config: VAEConfig, pipeline: ConditionalVAEPipeline, data: TrainingData) -> None:
     """Logs the losses of the validation images, with the same noise every time, and keeps the best pipeline."""
-    device, total = run.accelerator.device, torch.zeros(2)
+    device = run.accelerator.device
+    total = torch.zeros(2, device=device)
     with torch.random.fork_rng(), run.accelerator.autocast():
         torch.manual_seed(0)
         for rows in torch.from_numpy(data.validation_indices).split(config.batch_size):
             pixel_values = normalize(torch.from_numpy(data.store.pixel_values[rows]).to(device))
             class_labels = torch.from_numpy(data.store.class_labels[rows]).to(device)
-            total += len(rows) * torch.stack(negative_bound(config, pipeline.vae, pixel_values, class_labels)).cpu()
+            total += len(rows) * torch.stack(negative_bound(config, pipeline.vae, pixel_values, class_labels))
+    # The processes must agree on what is best, and each has running statistics of its own.
+    total = run.accelerator.reduce(total, "mean")
     reconstruction, divergence = (total / len(data.validation_indices)).tolist()
     run.log(validation_reconstruction_loss=reconstruction, validation_divergence_loss=divergence)
     run.keep_best(
@@ -86,8 +89,8 @@ def draw(run: TrainingRun, pipeline: ConditionalVAEPipeline, data: TrainingData)
     pixel_values = normalize(torch.from_numpy(data.store.pixel_values[indices])) / 2 + 0.5
     labels, captions, kwargs = None, None, {"num_images": num_images}
     if pipeline.vocabulary is not None:
-        conditions = [labels for labels in sorted(data.choose_conditions(2 * COLUMNS)) for _ in range(COLUMNS)]
-        captions, kwargs = ["\n".join(labels) for labels in conditions], {"class_labels": conditions}
+        conditions = [names for names in sorted(data.choose_conditions(2 * COLUMNS)) for _ in range(COLUMNS)]
+        captions, kwargs = ["\n".join(names) for names in conditions], {"class_labels": conditions}
         labels, num_images = torch.from_numpy(data.store.class_labels[indices]), len(conditions)
     with run.accelerator.autocast():
         samples = pipeline(**kwargs, seeds=list(range(num_images))).images
