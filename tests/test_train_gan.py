@@ -179,19 +179,6 @@ def test_a_wasserstein_loss_is_taken_where_the_critics_slope_is_bounded(argument
     assert train_gan.GANConfig(loss="wasserstein", **arguments).loss == "wasserstein"
 
 
-@pytest.mark.slow
-def test_two_processes_train_a_gan_and_resume_to_the_weights_of_an_unbroken_run(
-    run_script, tiny_dataset, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("ICLEVR_CACHE", str(tmp_path / "cache"))
-    fields = SMALL | {"data": tiny_dataset, "ema_decay": 0.9, "r1_weight": 1.0, "r1_every": 2, "sample_every": 2}
-    flags = [word for name, value in fields.items() for word in (f"--{name}", value)]
-    for name, steps in (("unbroken", 4), ("stopped", 2), ("stopped", 4)):
-        run_script("train_gan.py", *flags, "--output_dir", tmp_path / name, "--max_steps", steps, num_processes=2)
-    unbroken, resumed = weights(tmp_path / "unbroken"), weights(tmp_path / "stopped")
-    assert all(value.equal(unbroken[name]) for name, value in resumed.items())
-
-
 GAN_RECIPES = [path for path in sorted((SCRIPTS / "recipes").glob("*.yaml")) if "\ngenerator:" in path.read_text()]
 
 

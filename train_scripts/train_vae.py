@@ -65,11 +65,12 @@ def score(run: TrainingRun, config: VAEConfig, pipeline: ConditionalVAEPipeline,
     total = torch.zeros(2, device=device)
     with torch.random.fork_rng(), run.accelerator.autocast():
         torch.manual_seed(0)
-        for rows in torch.from_numpy(data.validation_indices).split(config.batch_size):
+        for start in range(0, len(data.validation_indices), config.batch_size):
+            rows = data.validation_indices[start : start + config.batch_size]
             pixel_values = normalize(torch.from_numpy(data.store.pixel_values[rows]).to(device))
             class_labels = torch.from_numpy(data.store.class_labels[rows]).to(device)
             total += len(rows) * torch.stack(negative_bound(config, pipeline.vae, pixel_values, class_labels))
-    # The processes must agree on what is best, and each has running statistics of its own.
+    # The processes must agree on what is best to the last bit, or one waits for the other in vain.
     total = run.accelerator.reduce(total, "mean")
     reconstruction, divergence = (total / len(data.validation_indices)).tolist()
     run.log(validation_reconstruction_loss=reconstruction, validation_divergence_loss=divergence)
