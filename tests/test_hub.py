@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from loopback_hub import TOKEN, LoopbackHub
 from safetensors.torch import load_file
 
+import iclevr_diffusion
 from iclevr_diffusion import ConditionalDDPMPipeline, MultiLabelUNet2DModel
 from iclevr_diffusion.card import describe_training, render_card, render_index
 from iclevr_diffusion.evaluation import Evaluator
@@ -745,8 +746,11 @@ def test_a_shipped_model_is_what_an_export_of_this_source_would_be(name: str) ->
     assert present == published_files(folder)
     assert all((folder / file).stat().st_size <= 16 * 2**20 for file in present)
     package = REPOSITORY / "iclevr_diffusion"
+    sources = {}
+    if "model_index.json" in present:
+        _, class_name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        sources["pipeline.py"] = Path(inspect.getfile(getattr(iclevr_diffusion, class_name)))
     for file in (file for file in present if file.endswith(".py")):
-        sources = {"pipeline.py": package / "pipelines" / "pipeline_conditional_ddpm.py"}
         source = sources.get(file) or package / ("models" if "/" in file else "pipelines") / Path(file).name
         assert (folder / file).read_bytes() == source.read_bytes(), file
     card = render_card(folder, REPOSITORY / "model_cards" / "facts" / f"{name}.yaml", name=name)
