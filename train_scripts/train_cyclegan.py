@@ -134,7 +134,9 @@ def main(config: CycleGANConfig) -> None:
         run.backward(loss_a + loss_b, discriminators, "discriminators")
         d_optimizer.step()
 
-        with run.accelerator.autocast():  # not the prepared ones, whose gradients processes would exchange
+        # Not the prepared ones, whose gradients processes would exchange: here they only pass them on.
+        discriminators.requires_grad_(False)
+        with run.accelerator.autocast():
             loss_a = generator_loss(run.unwrap(discriminator_a)(fake_a))
             loss_b = generator_loss(run.unwrap(discriminator_b)(fake_b))
         cycle = cycle_loss(b_to_a(fake_b), a) + cycle_loss(a_to_b(fake_a), b)
@@ -145,6 +147,7 @@ def main(config: CycleGANConfig) -> None:
             loss = loss + config.identity_weight * identity
             run.log(identity_loss=identity)
         run.backward(loss, generators, "generators")
+        discriminators.requires_grad_(True)
         g_optimizer.step()
         ema_a_to_b.step(run.unwrap(a_to_b))
         ema_b_to_a.step(run.unwrap(b_to_a))

@@ -145,8 +145,9 @@ def main(config: GANConfig) -> None:
                 weight.data.clamp_(-config.clip_weights, config.clip_weights)
 
         if run.step % config.num_critic_steps == 0:
-            with run.accelerator.autocast():  # not the prepared one, whose gradients processes would exchange
-                network = run.unwrap(discriminator)
+            # Not the prepared one, whose gradients processes would exchange: here it only passes them on.
+            network = run.unwrap(discriminator).requires_grad_(False)
+            with run.accelerator.autocast():
                 fake_logits, fake_classes = discriminate(network, fake, class_labels, config.diff_augment)
             loss = generator_loss(fake_logits)
             run.log(generator_loss=loss)
@@ -157,6 +158,7 @@ def main(config: GANConfig) -> None:
                 loss = loss + evaluator_weight * reading
                 run.log(evaluator_loss=reading)
             run.backward(loss, generator, "generator")
+            network.requires_grad_(True)
             g_optimizer.step()
             ema.step(run.unwrap(generator))
         for item in (d_scheduler, g_scheduler):
