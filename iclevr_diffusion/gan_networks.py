@@ -47,7 +47,28 @@ WITH_SPECTRAL_NORM = ("sagan", "projection")
 
 
 @dataclass(kw_only=True)
-class GANNetworksConfig(DataConfig):
+class AdversarialConfig(DataConfig):
+    """What every run of generators against discriminators is told."""
+
+    betas: tuple[float, ...] = option((0.5, 0.999), "decay of Adam's two averages")
+    max_grad_norm: float | None = option(None, "gradients longer than this are scaled down to it; none leaves them")
+    ema_decay: float = option(0.0, "decay of the generators' averaged weights, the ones that are saved; 0 is off")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"`gradient_accumulation_steps` must be 1 for a GAN, got {self.gradient_accumulation_steps}; take a"
+                " larger `batch_size`."
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"`betas` must be two numbers in [0, 1), got {self.betas}.")
+
+
+@dataclass(kw_only=True)
+class GANNetworksConfig(AdversarialConfig):
     """What a run that trains a GAN is told about its networks and about what makes its discriminator smooth."""
 
     generator: Literal["dcgan", "sagan", "cgan", "cgan_embedding"] = option("dcgan", "network that draws")

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from iclevr_diffusion.config import LearningRateSchedule, option, parse_config
 from iclevr_diffusion.domains import UnpairedImages
 from iclevr_diffusion.ema import ExponentialMovingAverage
+from iclevr_diffusion.gan_networks import AdversarialConfig
 from iclevr_diffusion.images import make_table, save_png
 from iclevr_diffusion.losses import cycle_loss, identity_loss
 from iclevr_diffusion.models.cyclegan import CycleGANDiscriminator, CycleGANGenerator, ImagePool
 from iclevr_diffusion.pipelines.pipeline_cyclegan import CycleGANPipeline
 from iclevr_diffusion.training import TrainingRun
-from iclevr_diffusion.training_data import DataConfig, TrainingData
+from iclevr_diffusion.training_data import TrainingData
 
 
 @dataclass(kw_only=True)
-class CycleGANConfig(DataConfig):
+class CycleGANConfig(AdversarialConfig):
     """Trains a CycleGAN, which maps images of domain A to domain B and back; domain B is the images of --data."""
 
     domain_a: str = option(
@@ -38,26 +39,14 @@ class CycleGANConfig(DataConfig):
     learning_rate: float = option(2e-4, "learning rate of all networks, at first")
     lr_schedule: LearningRateSchedule = option("warmup-stable-decay", "course of the learning rate after the warm-up")
     decay_fraction: float = option(0.5, "last part of warmup-stable-decay, in which the learning rate falls to 0")
-    betas: tuple[float, ...] = option((0.5, 0.999), "decay of Adam's two averages")
-    max_grad_norm: float | None = option(None, "gradients longer than this are scaled down to it; none leaves them")
-    ema_decay: float = option(0.0, "decay of the generators' averaged weights, the ones that are saved; 0 is off")
 
     sample_every: int = option(500, "steps between pictures of mapped images; 0 is never", may_change=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                f"`gradient_accumulation_steps` must be 1 for a GAN, got {self.gradient_accumulation_steps}; take a"
-                " larger `batch_size`."
-            )
         for name in ("cycle_weight", "identity_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be finite and at least 0, got {getattr(self, name)}.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"`betas` must be two numbers in [0, 1), got {self.betas}.")
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

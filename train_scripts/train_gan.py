@@ -35,9 +35,7 @@ class GANConfig(GANNetworksConfig):
     loss: Literal["hinge", "nonsaturating", "wasserstein"] = option("hinge", "what the two networks minimize")
     learning_rate: float = option(2e-4, "learning rate after the warm-up; of the generator, if there are two")
     discriminator_learning_rate: float | None = option(None, "learning rate of the discriminator; none is the same")
-    betas: tuple[float, ...] = option((0.5, 0.999), "decay of Adam's two averages")
     weight_decay: float = option(0.0, "weight decay of Adam")
-    max_grad_norm: float | None = option(None, "gradients longer than this are scaled down to it; none leaves them")
     num_critic_steps: int = option(1, "steps of the discriminator for one of the generator")
     r1_weight: float = option(0.0, "weight of the gradient penalty on real images, 10 in its paper")
     r1_every: int = option(16, "steps between penalties on real images, whose weight is multiplied by it")
@@ -47,7 +45,6 @@ class GANConfig(GANNetworksConfig):
     diff_augment: tuple[str, ...] = option(
         (), "changes of the images that the discriminator tells apart: color translation cutout"
     )
-    ema_decay: float = option(0.0, "decay of the generator's averaged weights, the ones that are saved; 0 is off")
 
     sample_every: int = option(500, "steps between grids of samples; 0 is never", may_change=True)
     score_every: int = option(1000, "steps between scores on validation labels; 0 is never", may_change=True)
@@ -56,11 +53,6 @@ class GANConfig(GANNetworksConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                f"`gradient_accumulation_steps` must be 1 for a GAN, got {self.gradient_accumulation_steps}; take a"
-                " larger `batch_size`."
-            )
         for name, least in (("num_critic_steps", 1), ("r1_every", 1), ("num_conditions", 1), ("ramp_steps", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
@@ -82,10 +74,6 @@ class GANConfig(GANNetworksConfig):
                 "`loss` must not be wasserstein where nothing bounds the critic's slope; take `clip_weights` 0.01,"
                 f" `gradient_penalty_weight` 10 or a discriminator with spectral norm, got {self.discriminator}."
             )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"`betas` must be two numbers in [0, 1), got {self.betas}.")
 
 
 def main(config: GANConfig) -> None:
