@@ -58,6 +58,18 @@ class _StandardError:
 
 STANDARD_ERROR = _StandardError()
 
+_process_groups: list[torch.distributed.ProcessGroup] = []
+
+
+def hold_process_group() -> None:
+    """Keeps the group of processes, if there is one, until the program's end.
+
+    Otherwise a `DistributedDataParallel` is the last to let it go. That waits for the group's threads with Python's lock
+    held, for which one of them may be waiting in turn: now and then a program would hang after its last line.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _process_groups.append(torch.distributed.group.WORLD)
+
 
 class TrainingRun:
     """What is the same for every model that is trained: processes, checkpoints, logs and leaving in good order.
@@ -141,6 +153,7 @@ class TrainingRun:
         if config.report_to:
             flat = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in _plain(config).items()}
             self.accelerator.init_trackers(self.output_dir.name, config=flat)
+        hold_process_group()
         accelerate.utils.set_seed(config.seed)  # the same first weights everywhere
         # Adam's averages for units that get no gradient fall below the smallest normal numbers, with which a CPU takes
         # many times as long; they count as zeros.

@@ -615,3 +615,52 @@ def test_weights_of_another_shape_label_order_or_target_are_refused(tmp_path, ti
         load_weights(make(**{**config, "null_condition": False}), tmp_path)
     with pytest.raises(ValueError, match="which has no config.json"):
         load_weights(tiny_pipeline.unet, tmp_path / "scheduler" / "nothing")
+
+
+def test_a_run_holds_its_group_of_processes_until_the_programs_end(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        TrainingRun(TrainConfig(output_dir=str(tmp_path / "run")))
+        assert training._process_groups[-1] is torch.distributed.group.WORLD
+    finally:
+        torch.distributed.destroy_process_group()
+        training._process_groups.clear()
+
+
+GROUPS = """
+import faulthandler, sys
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from iclevr_diffusion.training import hold_process_group
+
+def train(i):
+    file, rank = f"{sys.argv[1]}/group-{i}", int(sys.argv[2])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    hold_process_group()
+    models = [DistributedDataParallel(torch.nn.Linear(3, 3)) for _ in range(4)]
+    sum(model(torch.randn(2, 3)).sum() for model in models).backward()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+for i in range(60):
+    faulthandler.dump_traceback_later(60, exit=True)
+    train(i)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_let_their_group_go_without_waiting_for_each_other(tmp_path):
+    """Without `hold_process_group` one of the first ten rounds hangs."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", GROUPS, str(tmp_path), str(rank)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
