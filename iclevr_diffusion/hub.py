@@ -163,6 +163,7 @@ def training_facts(path_or_repo: str | Path | None = None, *, revision: str | No
     config = training.get("config")
     config = config if isinstance(config, dict) else {}
     judges = [Path(config[key]).name for key in ("judge", "evaluator") if isinstance(config.get(key), str)]
+    judges += [judge for judge in training.get("teacher_judges") or [] if isinstance(judge, str)]
     return {
         "conditions": _read_conditions(folder / "conditions.json"),
         "data_sha256": data_sha256,
@@ -557,7 +558,8 @@ def _data_of_run(output_dir: str | Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     data = _read_json(file)
-    return {"data_sha256": data.get("data"), "split": data.get("split")}
+    facts = {"data_sha256": data.get("data"), "split": data.get("split")}
+    return facts | {key: data[key] for key in ("teacher_judges",) if key in data}  # of a student's teacher
 
 
 def _read_conditions(file: Path) -> list[tuple[str, ...]] | None:

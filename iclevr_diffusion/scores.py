@@ -389,6 +389,45 @@ def score_mean(parts: Sequence[tuple[Tensor, Tensor]], *, threshold: float = 0.0
     }
 
 
+def score_difference(
+    logits: Tensor,
+    other_logits: Tensor,
+    class_labels: Tensor,
+    *,
+    threshold: float = 0.0,
+    resampled: Literal["replicates", "conditions"],
+) -> dict[str, dict[str, float | None]]:
+    """Scores how much better one system draws a list of conditions than another from the same seeds.
+
+    Both are resampled alike, so that what makes a condition hard, or a seed lucky, for both drops out of the interval.
+
+    Args:
+        logits: A judge's outputs for the one system (num_conditions, num_replicates, num_classes) before the sigmoid.
+        other_logits: Those for the other, condition by condition and seed by seed.
+        class_labels: Labels asked for (num_conditions, num_classes); an entry above 0 asks for that object.
+        threshold: A logit above it means that the judge sees the object.
+        resampled: What the intervals draw again, see `score_conditions`.
+
+    Returns:
+        For each score that ranks no images a mapping of `value`, the first system's less the second's, `low` and `high`.
+    """
+    readings = [_read_list(part, class_labels, threshold) for part in (logits, other_logits)]
+    if logits.shape != other_logits.shape:
+        raise ValueError(
+            f"`other_logits` must have the shape of `logits`, got {tuple(other_logits.shape)} and {tuple(logits.shape)}."
+        )
+    values = [_values(reading)[0] for reading in readings]
+    weights = _resample(*logits.shape[:2], resampled, np.random.default_rng(INTERVAL["seed"]))
+    draws = [
+        {} if weights is None else _measure(reading, weights.reshape(-1, weights.shape[-1]))[0] for reading in readings
+    ]
+    return {
+        name: _estimate(name, value - values[1][name], draws[0][name] - draws[1][name] if draws[0] else None)
+        for name, value in values[0].items()
+        if name not in RANKING_METRICS
+    }
+
+
 def score_images(logits: Tensor, class_labels: Tensor, *, threshold: float = 0.0) -> dict[str, Any]:
     """Scores a judge on images whose labels are known, in all and by number of objects.
 

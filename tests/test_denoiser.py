@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch.testing import assert_close
 
-from iclevr_diffusion.denoiser import DenoiserConfig, make_denoiser, make_scheduler
+from iclevr_diffusion.denoiser import DenoiserConfig, choose_attention, make_denoiser, make_scheduler
 from iclevr_diffusion.models.unet_multilabel import PRESETS, MultiLabelUNet2DModel
 from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
 
@@ -52,3 +53,15 @@ def test_a_flows_sampling_steps_move_towards_noise_by_its_shift():
     scheduler = make_scheduler(DenoiserConfig(time_shift=3.0))
     scheduler.set_timesteps(sigmas=[1.0, 0.5])
     assert_close(scheduler.sigmas, torch.tensor([1.0, 0.75, 0.0]))
+
+
+@pytest.mark.parametrize(("mixed_precision", "is_plain"), [("bf16", True), ("no", False)])
+def test_attention_is_plain_in_training_with_bfloat16_on_a_cpu_and_gives_the_same(mixed_precision, is_plain):
+    unet = make(attention_levels=(0, 1)).eval()
+    sample, class_labels = torch.randn(2, 1, 16, 16), torch.eye(5)[:2]
+    with torch.no_grad():
+        expected = unet(sample, 500, class_labels).sample
+        choose_attention(unet, torch.device("cpu"), mixed_precision)
+        kinds = {type(module.processor) for module in unet.modules() if isinstance(module, Attention)}
+        assert kinds == {AttnProcessor if is_plain else AttnProcessor2_0}
+        assert_close(unet(sample, 500, class_labels).sample, expected, rtol=1e-4, atol=1e-5)

@@ -48,6 +48,7 @@ ARROWS = {
     "pictures": {"", "call_options", "images"},
     "gan_networks": {"config", "models", "training_data"},
     "denoiser": {"config", "models", "training_data"},
+    "distillation": {"labels", "models", "pipelines"},
     "domains": {"config", "data", "training", "training_data"},
     "evaluation": {
         "",

@@ -12,7 +12,7 @@ from iclevr_diffusion import ConditionalDDPMPipeline
 from iclevr_diffusion.augmentation import random_flip
 from iclevr_diffusion.config import LearningRateSchedule, option, parse_config
 from iclevr_diffusion.data import normalize
-from iclevr_diffusion.denoiser import DenoiserConfig, make_denoiser, make_scheduler
+from iclevr_diffusion.denoiser import DenoiserConfig, choose_attention, make_denoiser, make_scheduler
 from iclevr_diffusion.diffusion import add_noise, min_snr_weight, noise_levels, sample_times, training_target
 from iclevr_diffusion.ema import ExponentialMovingAverage
 from iclevr_diffusion.training import TrainingRun, load_weights
@@ -82,9 +82,11 @@ def main(config: DDPMConfig) -> None:
     statistics = data.store.statistics(data.indices) if config.standardize else (torch.tensor(0.0), 1.0)
     unet.set_data_statistics(*statistics)
     ema = run.track(ExponentialMovingAverage(unet, config.ema_decay))
+    choose_attention(unet, run.accelerator.device, config.mixed_precision)
     if config.compile:
         unet.compile()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(unet.parameters(), **settings)
     model, optimizer, lr_scheduler = run.prepare(unet, optimizer, run.lr_scheduler(optimizer))
 
     scheduler = make_scheduler(config)
