@@ -60,7 +60,7 @@ GANS: dict[str, dict[str, Any]] = {
     "no cure": {},
     "other rates": RATES | {"betas": CURED["betas"]},
     "not standardized": without({"standardize": True}),
-    "labels as a plane": CURED | {"discriminator": "dcgan"},
+    "labels as a plane": CURED | {"discriminator": "sagan"},  # of spectral norm too, so that R1 may be on
     "no penalty": without(SMOOTH),
     "not averaged": without(AVERAGED),
     "one rate": CURED | {"discriminator_learning_rate": RATES["learning_rate"]},

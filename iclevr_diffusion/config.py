@@ -60,6 +60,9 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in vars(self):
+            if (name.endswith("_every") or name == "warmup_steps") and getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"`seed` must lie in [0, 2**32 - 1], got {self.seed}.")
         for name in ("max_minutes", "max_grad_norm"):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iclevr_diffusion.config import option
+from iclevr_diffusion.config import TrainConfig, option
 from iclevr_diffusion.models.acgan import ACGANDiscriminator
 from iclevr_diffusion.models.cgan import (
     CGANDiscriminator,
@@ -40,7 +40,7 @@ DISCRIMINATORS = {
 WITHOUT_LABELS = ("cgan", "wgan")
 # Generators that can draw deviations from the mean image.
 STANDARDIZED = ("dcgan", "sagan")
-# A gradient penalty asks for a slope image by image, and batch normalization mixes the images of a batch.
+# A penalty on gradients asks for a slope image by image, and batch normalization mixes the images of a batch.
 WITHOUT_BATCH_NORM = ("sagan", "wgan", "projection")
 # Discriminators whose slope is bounded by themselves: every layer that sees the image has spectral norm.
 WITH_SPECTRAL_NORM = ("sagan", "projection")
@@ -81,6 +81,8 @@ class GANNetworksConfig(AdversarialConfig):
     discriminator_channels: int | None = option(None, "width of the discriminator; none is its paper's")
     standardize: bool = option(False, "draw, and show the discriminator, images less their mean, at unit variance")
     gradient_penalty_weight: float = option(0.0, "weight of the gradient penalty of a critic, 10 in its paper")
+    r1_weight: float = option(0.0, "weight of the gradient penalty on real images, 10 in its paper")
+    r1_every: int = option(16, "steps between penalties on real images, whose weight is multiplied by it")
     clip_weights: float | None = option(None, "largest weight of a critic, as in the first WGAN")
     auxiliary_weight: float = option(0.0, "weight of the discriminator's own reading of the labels")
 
@@ -96,7 +98,7 @@ class GANNetworksConfig(AdversarialConfig):
                 f"`standardize` must be false for the generator {self.generator}, got true; take"
                 f" {' or '.join(STANDARDIZED)}."
             )
-        for name in ("auxiliary_weight", "gradient_penalty_weight"):
+        for name in ("auxiliary_weight", "gradient_penalty_weight", "r1_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be finite and at least 0, got {getattr(self, name)}.")
         if (self.discriminator == "acgan") != (self.auxiliary_weight > 0):
@@ -104,14 +106,46 @@ class GANNetworksConfig(AdversarialConfig):
                 "`auxiliary_weight` must be above 0 for the discriminator acgan, which learns the labels by it alone,"
                 f" and 0 for any other, which reads none, got {self.auxiliary_weight} for {self.discriminator}."
             )
-        if self.gradient_penalty_weight and self.discriminator not in WITHOUT_BATCH_NORM:
+        for name in ("gradient_penalty_weight", "r1_weight"):
+            if getattr(self, name) and self.discriminator not in WITHOUT_BATCH_NORM:
+                raise ValueError(
+                    f"`{name}` must be 0 for the discriminator {self.discriminator}, whose batch normalization looks at"
+                    f" several images at once, got {getattr(self, name)}; take {', '.join(WITHOUT_BATCH_NORM[:-1])} or"
+                    f" {WITHOUT_BATCH_NORM[-1]}."
+                )
+        if self.r1_every < 1:
+            raise ValueError(f"`r1_every` must be at least 1, got {self.r1_every}.")
+        if self.r1_weight and self.r1_every > self.max_steps:
             raise ValueError(
-                f"`gradient_penalty_weight` must be 0 for the discriminator {self.discriminator}, whose batch"
-                f" normalization looks at several images at once, got {self.gradient_penalty_weight}; take"
-                f" {', '.join(WITHOUT_BATCH_NORM[:-1])} or {WITHOUT_BATCH_NORM[-1]}."
+                f"`r1_every` must not exceed `max_steps` {self.max_steps}, or no step is penalized, got {self.r1_every}."
             )
+        refuse_ignored(self, "r1_every", "`r1_weight`", self.r1_weight)
         if self.clip_weights is not None and not self.clip_weights > 0:
             raise ValueError(f"`clip_weights` must be positive or none, got {self.clip_weights}.")
+        if self.clip_weights is not None and self.discriminator in WITH_SPECTRAL_NORM:
+            raise ValueError(
+                f"`clip_weights` must be none for the discriminator {self.discriminator}, whose spectral norm scales"
+                f" clipped weights up again, got {self.clip_weights}."
+            )
+
+
+def refuse_ignored(config: TrainConfig, name: str, needs: str, is_given: object) -> None:
+    """Refuses another value than the default for a setting that would change nothing.
+
+    Args:
+        config: The configuration.
+        name: The setting.
+        needs: What it goes with, in words.
+        is_given: Whether that is given.
+
+    Raises:
+        ValueError: If it is not, and the setting has another value.
+    """
+    value, default = getattr(config, name), getattr(type(config), name)
+    if not is_given and value != default:
+        raise ValueError(
+            f"`{name}` must be {default}, its default, without {needs}, got {value}, which would change nothing."
+        )
 
 
 class StandardizedDiscriminator(nn.Module):
@@ -160,7 +194,7 @@ def make_gan(
     options = {}
     if config.discriminator_channels is not None:
         options["base_channels"] = config.discriminator_channels
-    if config.discriminator == "wgan" and config.gradient_penalty_weight:
+    if config.discriminator == "wgan" and (config.gradient_penalty_weight or config.r1_weight):
         options["norm"] = "layer"
     discriminator = DISCRIMINATORS[config.discriminator](num_classes, config.resolution, num_channels, **options)
     if config.standardize:

@@ -474,13 +474,23 @@ class TrainingRun:
 
     def _announce(self, seconds_a_step: float, images: int) -> None:
         remaining = self.config.max_steps - self.step
-        seconds = min(remaining * seconds_a_step, self._seconds_allowed - self._seconds())
+        left = self._seconds_allowed - self._seconds()
+        seconds = min(remaining * seconds_a_step, left)
         duration = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
         duration = duration if seconds < 6000 else f"{seconds / 3600:.1f} hours"
         self.print(
             f"{remaining:,} steps of {images} images to go, {images / seconds_a_step:.0f} images a second: this will take"
             f" about {duration}, samples and scores aside."
         )
+        if left < remaining * seconds_a_step:
+            last = self.step + max(0, int(left / seconds_a_step))
+            here, there = (self.config.learning_rate_factor(step) for step in (last, self.config.max_steps))
+            if here != there:
+                self.print(
+                    f"`max_minutes` will end this run near step {last:,}, where the learning rate is at {here:.0%} of its"
+                    f" height instead of the {there:.0%} after `max_steps` {self.config.max_steps:,}: a schedule that is"
+                    " to run its course needs fewer steps, earlier `milestones` or more minutes."
+                )
 
     def _write_metrics(self, images: int) -> dict[str, float]:
         means = {name: total / count for name, (total, count) in self._sums.items()}

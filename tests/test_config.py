@@ -87,6 +87,8 @@ def test_an_unknown_key_of_a_recipe_is_refused_with_the_nearest_and_all_known_on
         ("- 1", "must hold one field and its value a line, got a list"),
         ("max_steps: [", "must be a YAML file"),
         ("max_steps: 0", "`max_steps` must be at least 1, got 0"),
+        ("save_every: -1", "`save_every` must be at least 0, got -1"),
+        ("warmup_steps: -5", "`warmup_steps` must be at least 0, got -5"),
         ("seed: -1", "`seed` must lie in [0, 2**32 - 1], got -1"),
         ("decay_fraction: 2", "`decay_fraction` must lie in [0, 1], got 2.0"),
         ("max_grad_norm: 0", "`max_grad_norm` must be positive or none, got 0.0"),

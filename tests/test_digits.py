@@ -1,6 +1,7 @@
 """Images of digits, and the image store of any source."""
 
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -17,6 +18,7 @@ from iclevr_diffusion.data import (
     open_store,
     split_of_scene,
 )
+from iclevr_diffusion.data.digits import MNIST_REVISION
 from iclevr_diffusion.labels import LabelVocabulary
 
 
@@ -131,17 +133,49 @@ def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch):
         load_digits()
 
 
-def test_mnist_is_the_training_images_of_the_hub(monkeypatch, tmp_path):
+@pytest.fixture
+def hub(monkeypatch):
+    """Four images in the place of MNIST on the Hub, and how often and how they were asked for."""
     pixel_values = np.random.default_rng(0).integers(0, 256, (4, 28, 28), dtype=np.uint8)
     images = [Image.fromarray(image) for image in pixel_values]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
     dataset = datasets.Dataset.from_dict({"image": images, "label": [7, 0, 3, 7]}, features=features)
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or dataset)
-    source = load_mnist()
-    assert asked == [("ylecun/mnist", "train")]
-    np.testing.assert_array_equal(source.pixel_values, pixel_values)
-    assert source.class_labels.argmax(axis=1).tolist() == [7, 0, 3, 7]
+
+    def load_dataset(name, *, revision, split):
+        asked.append((name, revision, split))
+        return dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return SimpleNamespace(pixel_values=pixel_values, asked=asked)
+
+
+def test_mnist_is_the_training_images_of_one_revision_on_the_hub(hub, tmp_path):
     store = open_store("mnist", resolution=28, cache_dir=tmp_path, progress=False)
-    np.testing.assert_array_equal(store.pixel_values[:, 0], pixel_values)
-    assert store.file_names[3] == "mnist-00003.png"
+    assert hub.asked == [("ylecun/mnist", MNIST_REVISION, "train")]
+    np.testing.assert_array_equal(store.pixel_values[:, 0], hub.pixel_values)
+    assert store.class_labels.argmax(axis=1).tolist() == [7, 0, 3, 7]
+    assert store.file_names[3] == "mnist-00003.png" and len(set(store.scenes.tolist())) == 4
+
+
+def test_a_second_start_reads_the_store_of_mnist_alone(hub, tmp_path, monkeypatch):
+    first = open_store("mnist", resolution=12, cache_dir=tmp_path, progress=False)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    second = open_store("mnist", resolution=12, cache_dir=tmp_path, progress=False)
+    assert second.path == first.path and second.sha256 == first.sha256 and len(hub.asked) == 1
+
+
+@pytest.mark.parametrize("change", ["revision", "order of the names", "resolution"])
+def test_the_store_of_mnist_belongs_to_its_revision_names_and_resolution(change, monkeypatch):
+    before = load_mnist().fingerprint(12)
+    assert load_mnist().fingerprint(12) == before
+    vocabulary = LabelVocabulary(list("1023456789")) if change == "order of the names" else None
+    if change == "revision":
+        monkeypatch.setattr("iclevr_diffusion.data.digits.MNIST_REVISION", "another")
+    assert load_mnist(vocabulary).fingerprint(13 if change == "resolution" else 12) != before
+
+
+def test_a_vocabulary_without_digits_is_refused_before_mnist_is_fetched(hub):
+    with pytest.raises(ValueError, match="Unknown label '0'"):
+        load_mnist(LabelVocabulary(["red cube"]))
+    assert hub.asked == []

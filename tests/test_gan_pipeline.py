@@ -1,15 +1,18 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from torch.testing import assert_close
 
 from iclevr_diffusion import ICLEVR_LABELS, export_pipeline, load_pipeline
 from iclevr_diffusion.card import render_card
 from iclevr_diffusion.models.cgan import CGANGenerator
 from iclevr_diffusion.models.dcgan import DCGANGenerator
+from iclevr_diffusion.pipelines import pipeline_conditional_gan, pipeline_conditional_vae
 from iclevr_diffusion.pipelines.pipeline_conditional_gan import ConditionalGANPipeline
 
 LABELS = [["red cube"], ["blue sphere", "gray cylinder"], ["red cube"], ["green cube"]]
@@ -86,6 +89,15 @@ def test_labels_and_generator_must_fit(unlabelled, pipeline):
         ConditionalGANPipeline(unlabelled.generator, ["red cube"])
     with pytest.raises(ValueError, match="must name the network's 24 labels, got 2"):
         ConditionalGANPipeline(pipeline.generator, ["a", "b"])
+
+
+@pytest.mark.parametrize("module", [pipeline_conditional_gan, pipeline_conditional_vae])
+def test_a_published_pipeline_names_itself_all_the_files_that_it_needs(module):
+    source = Path(module.__file__)
+    siblings = get_relative_imports(source)
+    assert "latent_pipeline" in siblings
+    for sibling in siblings:  # from a hub, diffusers fetches no file for the sake of another than the pipeline's
+        assert set(get_relative_imports(source.with_name(f"{sibling}.py"))) <= set(siblings)
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "unlabelled"])

@@ -108,7 +108,11 @@ def test_the_losses_are_least_squares():
         ({"identity_weight": float("inf")}, "`identity_weight` must be finite"),
         ({"betas": (0.5,)}, "`betas` must be two numbers"),
         ({"ema_decay": 1.0}, "`ema_decay` must lie in"),
-        ({"pool_size": 0}, "`capacity` must be at least 1"),
+        ({"pool_size": 0}, "`pool_size` must be at least 1, got 0"),
+        (
+            {"hold_out": "held-out", "domain_a": "digits"},
+            "`hold_out` must be none where `domain_a` has images of its own",
+        ),
         ({"domain_a": "ICLEVR_ROOT"}, "`domain_a` is ICLEVR_ROOT: set that variable"),
     ],
 )

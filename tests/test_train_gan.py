@@ -44,13 +44,14 @@ def weights(folder):
     ("arguments", "logged"),
     [
         ({}, ()),
-        ({"loss": "nonsaturating", "r1_weight": 10.0, "r1_every": 1, "ema_decay": 0.9}, ("r1_penalty",)),
+        ({"loss": "nonsaturating", "ema_decay": 0.9}, ()),
         ({"discriminator": "acgan", "auxiliary_weight": 100.0, "ramp_steps": 2}, ("auxiliary_loss",)),
         ({"generator": "sagan", "discriminator": "sagan"}, ()),
         ({"generator": "cgan", "discriminator": "cgan", "loss": "nonsaturating"}, ()),
         ({"generator": "cgan_embedding", "discriminator": "cgan_embedding", "loss": "nonsaturating"}, ()),
         ({"discriminator": "wgan", "loss": "wasserstein", "clip_weights": 0.01, "num_critic_steps": 2}, ()),
         ({"discriminator": "wgan", "loss": "wasserstein", "gradient_penalty_weight": 10.0}, ("gradient_penalty",)),
+        ({"discriminator": "wgan", "loss": "nonsaturating", "r1_weight": 10.0, "r1_every": 1}, ("r1_penalty",)),
         ({"discriminator": "projection", "diff_augment": ("color", "translation", "cutout")}, ()),
         ({"standardize": True, "discriminator": "projection", "r1_weight": 0.1, "r1_every": 1}, ("r1_penalty",)),
         ({"standardize": True, "generator": "sagan", "discriminator": "sagan"}, ()),
@@ -83,11 +84,20 @@ def test_a_discriminator_of_standardized_images_is_shown_those_alone():
     assert torch.allclose(seen[0][0], 2 * (real - mean)) and seen[0][1] == "labels"
 
 
+RESUMED = {
+    "discriminator": "projection",
+    "num_critic_steps": 2,
+    "ema_decay": 0.9,
+    "diff_augment": ("translation",),
+    "r1_weight": 1.0,
+    "r1_every": 2,
+}
+
+
 def test_a_resumed_gan_ends_with_the_weights_of_an_unbroken_one(train):
-    arguments = {"ema_decay": 0.9, "diff_augment": ("translation",), "r1_weight": 1.0, "r1_every": 2}
-    unbroken = weights(train("unbroken", max_steps=4, **arguments))
-    train("stopped", max_steps=2, **arguments)
-    resumed = weights(train("stopped", max_steps=4, **arguments))
+    unbroken = weights(train("unbroken", max_steps=4, **RESUMED))
+    train("stopped", max_steps=2, **RESUMED)
+    resumed = weights(train("stopped", max_steps=4, **RESUMED))
     assert all(value.equal(unbroken[name]) for name, value in resumed.items())
 
 
@@ -118,9 +128,13 @@ def test_weights_of_a_clipped_critic_stay_small(train, made):
     assert max(weight.abs().max().item() for weight in made[0].parameters()) <= 0.01
 
 
-def test_a_critic_with_gradient_penalty_scores_each_image_by_itself(train, made):
-    train(discriminator="wgan", loss="wasserstein", gradient_penalty_weight=10.0)
-    assert made[0].config.norm == "layer"
+@pytest.mark.parametrize(
+    ("arguments", "norm"),
+    [({"gradient_penalty_weight": 10.0}, "layer"), ({"r1_weight": 1.0, "r1_every": 2}, "layer"), ({}, "batch")],
+)
+def test_a_critic_whose_gradient_is_penalized_scores_each_image_by_itself(train, made, arguments, norm):
+    train(discriminator="wgan", **arguments)
+    assert made[0].config.norm == norm
 
 
 def test_an_evaluator_of_weight_nothing_is_not_even_opened(train):
@@ -164,6 +178,25 @@ def test_the_evaluator_reads_images_that_are_not_augmented(train, monkeypatch):
         ({"num_conditions": 0}, "`num_conditions` must be at least 1, got 0"),
         ({"discriminator_learning_rate": 0.0}, "`discriminator_learning_rate` must be positive or none, got 0.0"),
         ({"diff_augment": ("colour",)}, "`diff_augment` must be some of color, translation, cutout, got colour"),
+        ({"r1_weight": 10.0}, "`r1_weight` must be 0 for the discriminator dcgan, whose batch normalization"),
+        ({"r1_weight": 10.0, "discriminator": "acgan", "auxiliary_weight": 1.0}, "`r1_weight` must be 0 .* acgan"),
+        ({"r1_every": 4}, "`r1_every` must be 16, its default, without `r1_weight`, got 4"),
+        ({"r1_every": 0}, "`r1_every` must be at least 1, got 0"),
+        (
+            {"discriminator": "projection", "r1_weight": 1.0, "r1_every": 3},
+            "`r1_every` must not exceed `max_steps` 2, or no step is penalized, got 3",
+        ),
+        ({"ramp_steps": 4}, "`ramp_steps` must be 0, its default, without `auxiliary_weight` or `evaluator`, got 4"),
+        ({"evaluator_weight": 0.5}, "`evaluator_weight` must be 1.0, its default, without `evaluator`, got 0.5"),
+        ({"num_critic_steps": 3}, "`num_critic_steps` must not exceed `max_steps` 2.*got 3"),
+        (
+            {"clip_weights": 0.01, "discriminator": "projection"},
+            "`clip_weights` must be none for the discriminator projection, whose spectral norm",
+        ),
+        (
+            {"conditional": False, "generator": "cgan", "discriminator": "cgan", "evaluator": "judge-small"},
+            "`evaluator` must be none where `conditional` is false, got judge-small",
+        ),
         ({"loss": "wasserstein"}, "`loss` must not be wasserstein where nothing bounds the critic's slope"),
         ({"evaluator": "no such judge"}, "`evaluator`: .*no such judge"),
         ({"evaluator": "judge-small"}, r"`evaluator`: `pixel_values` must have shape .*64"),
@@ -174,7 +207,13 @@ def test_settings_that_make_no_sense_are_refused(train, arguments, message):
         train(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"discriminator": "sagan"}, {"clip_weights": 0.01}, {"r1_weight": 1.0}])
+def test_a_ramp_may_wait_for_an_evaluator_whose_weight_is_nothing():
+    assert train_gan.GANConfig(evaluator="judge-small", evaluator_weight=0.0, ramp_steps=10).ramp_steps == 10
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"discriminator": "sagan"}, {"clip_weights": 0.01}, {"discriminator": "wgan", "r1_weight": 1.0}]
+)
 def test_a_wasserstein_loss_is_taken_where_the_critics_slope_is_bounded(arguments):
     assert train_gan.GANConfig(loss="wasserstein", **arguments).loss == "wasserstein"
 
@@ -190,3 +229,22 @@ def test_a_recipe_makes_networks_and_writes_into_a_folder_of_its_own_name(path):
     with torch.device("meta"):
         statistics = np.zeros((1, config.resolution, config.resolution), dtype=np.float32), 1.0
         train_gan.make_gan(config, 10 if config.conditional else 0, 1, statistics)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_resume_to_the_weights_of_an_unbroken_gan(
+    run_script, tiny_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ICLEVR_CACHE", str(tmp_path / "cache"))
+    arguments = SMALL | RESUMED | {"batch_size": 2, "data": tiny_dataset, "sample_every": 2}
+    flags = []
+    for name, value in arguments.items():
+        flags += [f"--{name}", *(value if isinstance(value, tuple) else [value])]
+    for name, steps in (("unbroken", 4), ("stopped", 2), ("stopped", 4)):
+        run_script("train_gan.py", *flags, "--output_dir", tmp_path / name, "--max_steps", steps, num_processes=2)
+    folders = [tmp_path / name / "checkpoints" / "step-00000004" for name in ("stopped", "unbroken")]
+    names = sorted(path.name for path in folders[0].glob("*.safetensors"))
+    assert {"model_0.safetensors", "model_1.safetensors", "ema.safetensors"} <= set(names)
+    for name in names:
+        resumed, unbroken = (load_file(folder / name) for folder in folders)
+        assert all(value.equal(unbroken[key]) for key, value in resumed.items()), name

@@ -98,6 +98,19 @@ def test_a_last_batch_of_one_validation_image_is_scored_too(train):
     assert "validation_score" in last_metrics(train(batch_size=2, max_steps=1, score_every=1))  # of three
 
 
+def test_without_validation_images_the_run_says_that_nothing_is_scored(train, monkeypatch, capsys):
+    indices = train_vae.TrainingData.__init__
+
+    def without_validation_images(self, *arguments):
+        indices(self, *arguments)
+        self.validation_indices = self.validation_indices[:0]
+
+    monkeypatch.setattr(train_vae.TrainingData, "__init__", without_validation_images)
+    folder = train(max_steps=1, score_every=1)
+    assert "There are no validation images: nothing is scored" in capsys.readouterr().err
+    assert not (folder / "best_pipeline").exists()
+
+
 def test_processes_agree_on_the_losses_of_the_validation_images(train, monkeypatch):
     class OneOfTwo(Accelerator):
         def reduce(self, tensor, reduction="sum", **options):

@@ -231,6 +231,23 @@ def test_a_run_ends_whole_when_its_minutes_are_over(tmp_path, capfd, steps_of_a_
     assert again.step == 3 and [line["step"] for line in lines(tmp_path)] == [2, 3]
 
 
+@pytest.mark.parametrize(
+    ("fields", "is_told"),
+    [
+        ({}, True),
+        ({"max_minutes": 20.0}, False),
+        ({"lr_schedule": "constant"}, False),
+        ({"lr_schedule": "milestones", "milestones": (7,)}, False),
+    ],
+)
+def test_minutes_that_end_a_run_before_its_schedule_are_told_beforehand(
+    tmp_path, capfd, steps_of_a_minute, fields, is_told
+):
+    train(make_config(tmp_path, **{"max_steps": 10, "max_minutes": 8.0} | fields), loss_of=steps_of_a_minute)
+    warning = "will end this run near step 8, where the learning rate is at 20% of its height instead of the 0% after"
+    assert (warning in capfd.readouterr().err) == is_told
+
+
 def test_minutes_before_a_run_was_resumed_count_and_more_may_be_given(tmp_path, steps_of_a_minute):
     with pytest.raises(RuntimeError):
         train(make_config(tmp_path, max_minutes=5.0), on_step=fail(4), loss_of=steps_of_a_minute)

@@ -44,6 +44,13 @@ class CycleGANConfig(AdversarialConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pool_size < 1:
+            raise ValueError(f"`pool_size` must be at least 1, got {self.pool_size}.")
+        if self.hold_out is not None and self.domain_a not in ("images", "noise"):
+            raise ValueError(
+                f"`hold_out` must be none where `domain_a` has images of its own, of which it leaves none out, got"
+                f" {self.hold_out} for {self.domain_a}."
+            )
         for name in ("cycle_weight", "identity_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be finite and at least 0, got {getattr(self, name)}.")

@@ -12,7 +12,7 @@ from iclevr_diffusion.augmentation import DIFF_AUGMENT_POLICIES, discriminate, r
 from iclevr_diffusion.config import option, parse_config
 from iclevr_diffusion.data import normalize
 from iclevr_diffusion.ema import ExponentialMovingAverage
-from iclevr_diffusion.gan_networks import WITH_SPECTRAL_NORM, GANNetworksConfig, make_gan
+from iclevr_diffusion.gan_networks import WITH_SPECTRAL_NORM, GANNetworksConfig, make_gan, refuse_ignored
 from iclevr_diffusion.losses import (
     ADVERSARIAL_LOSSES,
     auxiliary_loss,
@@ -37,8 +37,6 @@ class GANConfig(GANNetworksConfig):
     discriminator_learning_rate: float | None = option(None, "learning rate of the discriminator; none is the same")
     weight_decay: float = option(0.0, "weight decay of Adam")
     num_critic_steps: int = option(1, "steps of the discriminator for one of the generator")
-    r1_weight: float = option(0.0, "weight of the gradient penalty on real images, 10 in its paper")
-    r1_every: int = option(16, "steps between penalties on real images, whose weight is multiplied by it")
     ramp_steps: int = option(0, "steps over which the auxiliary and the evaluator's weight rise from 0")
     evaluator: str | None = option(None, "judge that teaches the generator; it may not judge the result alone")
     evaluator_weight: float = option(1.0, "weight of what the evaluator reads in drawn images")
@@ -53,12 +51,23 @@ class GANConfig(GANNetworksConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("num_critic_steps", 1), ("r1_every", 1), ("num_conditions", 1), ("ramp_steps", 0)):
+        for name, least in (("num_critic_steps", 1), ("num_conditions", 1), ("ramp_steps", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
-        for name in ("r1_weight", "evaluator_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"`{name}` must be finite and at least 0, got {getattr(self, name)}.")
+        if self.num_critic_steps > self.max_steps:
+            raise ValueError(
+                f"`num_critic_steps` must not exceed `max_steps` {self.max_steps}, or the generator takes no step, got"
+                f" {self.num_critic_steps}."
+            )
+        if not 0 <= self.evaluator_weight < float("inf"):
+            raise ValueError(f"`evaluator_weight` must be finite and at least 0, got {self.evaluator_weight}.")
+        if self.evaluator is not None and not self.conditional:
+            raise ValueError(f"`evaluator` must be none where `conditional` is false, got {self.evaluator}.")
+        refuse_ignored(self, "evaluator_weight", "`evaluator`", self.evaluator)
+        # An evaluator of weight 0 will do, so that a recipe can be tried without it by one flag.
+        refuse_ignored(
+            self, "ramp_steps", "`auxiliary_weight` or `evaluator`", self.auxiliary_weight or self.evaluator
+        )
         if self.discriminator_learning_rate is not None and not self.discriminator_learning_rate > 0:
             raise ValueError(
                 f"`discriminator_learning_rate` must be positive or none, got {self.discriminator_learning_rate}."

@@ -124,6 +124,8 @@ def main(config: VAEConfig) -> None:
     optimizer = torch.optim.Adam(vae.parameters(), lr=config.learning_rate)
     model, optimizer, lr_scheduler = run.prepare(vae, optimizer, run.lr_scheduler(optimizer))
     pipeline = ConditionalVAEPipeline(ema.model, names or None)
+    if not len(data.validation_indices):
+        run.print("There are no validation images: nothing is scored on the way, and no `best_pipeline` is kept.")
 
     for batch in run.batches(data.loader):
         pixel_values = normalize(batch["pixel_values"])

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+from functools import cached_property
 
 import numpy as np
 from PIL import Image
@@ -13,6 +14,7 @@ DIGIT_NAMES = tuple("0123456789")
 # Says what `DigitImages.read_image` does to the pixels. Change both together: it is part of the key of stores.
 TRANSFORM = "grey, direct bilinear resize, 1"
 MNIST_ID = "ylecun/mnist"
+MNIST_REVISION = "77f3279092a1c1579b2250db8eafed0ad422088c"
 
 
 class DigitImages:
@@ -58,6 +60,64 @@ class DigitImages:
         return image.resize((resolution, resolution), Image.Resampling.BILINEAR)
 
 
+class MNISTImages:
+    """The training images of MNIST, fetched and decoded when they are first asked for.
+
+    Their fingerprint is that of the revision that is fetched, so that a store which is there already is opened without
+    them: no connection, nothing decoded.
+
+    Args:
+        vocabulary: Names of the classes and their indices, the ten digits in their order by default.
+
+    Raises:
+        ValueError: If `vocabulary` lacks a digit.
+    """
+
+    name = "mnist"
+    num_channels = 1
+
+    def __init__(self, vocabulary: LabelVocabulary | None = None) -> None:
+        self.vocabulary = LabelVocabulary(DIGIT_NAMES) if vocabulary is None else vocabulary
+        for digit in DIGIT_NAMES:
+            self.vocabulary.index(digit)
+
+    def fingerprint(self, resolution: int) -> str:
+        """Returns a hash that changes with the revision, the names, or what is done to the images."""
+        check_resolution(resolution)
+        key = [TRANSFORM, resolution, self.vocabulary.names, MNIST_ID, MNIST_REVISION]
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+    @cached_property
+    def images(self) -> DigitImages:
+        """The images in memory."""
+        import datasets  # here, as it takes a second and no other source needs it
+
+        dataset = datasets.load_dataset(MNIST_ID, revision=MNIST_REVISION, split="train")
+        dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        files = [image["bytes"] for image in dataset["image"]]
+        pixel_values = np.stack([np.asarray(Image.open(io.BytesIO(file), formats=["PNG"])) for file in files])
+        return DigitImages(self.name, pixel_values, np.array(dataset["label"]), self.vocabulary)
+
+    @property
+    def file_names(self) -> list[str]:
+        """Names of the images, `mnist-00000.png` and so on."""
+        return self.images.file_names
+
+    @property
+    def class_labels(self) -> np.ndarray:
+        """The digit in each, multi-hot uint8 (num_images, num_classes)."""
+        return self.images.class_labels
+
+    @property
+    def scenes(self) -> np.ndarray:
+        """The number of each, int64 (num_images,): an image is a scene of its own."""
+        return self.images.scenes
+
+    def read_image(self, file_name: str, resolution: int) -> Image.Image:
+        """Returns an image in grey of `resolution` x `resolution` pixels, as `DigitImages` does."""
+        return self.images.read_image(file_name, resolution)
+
+
 def load_digits(vocabulary: LabelVocabulary | None = None) -> DigitImages:
     """Opens the 1,797 digits of 8x8 pixels that come with scikit-learn; nothing is downloaded.
 
@@ -77,15 +137,13 @@ def load_digits(vocabulary: LabelVocabulary | None = None) -> DigitImages:
     return DigitImages("digits", np.round(bunch.images * (255 / 16)).astype(np.uint8), bunch.target, vocabulary)
 
 
-def load_mnist(vocabulary: LabelVocabulary | None = None) -> DigitImages:
-    """Opens the 60,000 training images of MNIST, 28x28 pixels; `datasets` fetches them from the Hub at the first call.
+def load_mnist(vocabulary: LabelVocabulary | None = None) -> MNISTImages:
+    """Opens the 60,000 training images of MNIST, 28x28 pixels, which `datasets` fetches from the Hub.
 
     *Gradient-Based Learning Applied to Document Recognition* (LeCun et al., 1998, https://doi.org/10.1109/5.726791).
     Its 10,000 test images stay aside: the store splits the training images by itself.
-    """
-    import datasets  # here, as it takes a second and no other source needs it
 
-    dataset = datasets.load_dataset(MNIST_ID, split="train").cast_column("image", datasets.Image(decode=False))
-    files = [image["bytes"] for image in dataset["image"]]
-    pixel_values = np.stack([np.asarray(Image.open(io.BytesIO(file), formats=["PNG"])) for file in files])
-    return DigitImages("mnist", pixel_values, np.array(dataset["label"]), vocabulary)
+    Raises:
+        ValueError: If `vocabulary` lacks a digit.
+    """
+    return MNISTImages(vocabulary)

@@ -123,9 +123,9 @@ def open_store(
 ) -> ImageStore:
     """Opens the store of a folder's images or another source's, and writes it first where there is none.
 
-    A store belongs to the images as they are (of files: names, sizes, time stamps), their labels and the resolution:
-    change one and another store is written. It is written under a temporary name and renamed when it is whole. Of several
-    processes that need the same one, one writes and the others wait.
+    A store belongs to the images as they are (of files: names, sizes, time stamps; of MNIST: its revision), their
+    labels and the resolution: change one and another store is written. It is written under a temporary name and renamed
+    when it is whole. Of several processes that need the same one, one writes and the others wait.
 
     Args:
         source: Folder in the course's layout, see `IclevrFolder`, where `None` takes the environment variable
