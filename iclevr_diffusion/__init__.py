@@ -14,6 +14,7 @@ from iclevr_diffusion.models.sagan import SAGANGenerator
 from iclevr_diffusion.models.unet_multilabel import MultiLabelUNet2DModel
 from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
 from iclevr_diffusion.models.vae_multilabel import MultiLabelVAE
+from iclevr_diffusion.pipelines.composition import Condition
 from iclevr_diffusion.pipelines.labelled_pipeline import ConditionalImageOutput
 from iclevr_diffusion.pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline
 from iclevr_diffusion.pipelines.pipeline_conditional_gan import ConditionalGANPipeline
@@ -24,6 +25,7 @@ __all__ = [
     "ICLEVR_LABELS",
     "CGANEmbeddingGenerator",
     "CGANGenerator",
+    "Condition",
     "ConditionalDDPMPipeline",
     "ConditionalGANPipeline",
     "ConditionalImageOutput",

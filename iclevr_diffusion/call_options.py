@@ -1,8 +1,19 @@
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
+
+
+def request_text(request: str | Sequence[str]) -> str:
+    """Writes what one image was asked for, text or labels, on one line: `red cube, blue sphere AND NOT gray cube`."""
+    return request if isinstance(request, str) else ", ".join(request)
+
+
+def request_lines(request: str | Sequence[str]) -> str:
+    """Writes what one image was asked for as a caption, with a label or a condition on each line."""
+    return re.sub(r"\s+AND(?!\S)", "\nAND", request) if isinstance(request, str) else "\n".join(request)
 
 
 def takes(pipeline: DiffusionPipeline, name: str) -> bool:

@@ -52,6 +52,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         " that stand for others, {many conditions} of 1000; under 10 of under 100 conditions the result is marked quick"
         " and has no interval".format(**DEFAULT_NUM_SEEDS),
     )
+    parser.add_argument(
+        "--best_of",
+        type=int,
+        default=None,
+        help="also score the images that the model's own denoising losses pick, one of each so many of a condition;"
+        " --seeds is a multiple of it",
+    )
     parser.add_argument("--out", default="outputs/scores", help="folder of this evaluation; by default outputs/scores")
     parser.add_argument(
         "--data",
@@ -120,6 +127,7 @@ def evaluate(args: argparse.Namespace) -> None:
         pipeline_name=args.name or pipeline_name(args.pipeline),
         judges_used_in_training=args.judges_used_in_training,
         training_facts=facts,
+        best_of=args.best_of,
         inception=None if args.inception_weights is None else InceptionFeatures(args.inception_weights),
     )
     results = evaluator.run(store, no_store_reason=no_store_reason)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import iclevr_diffusion
-from iclevr_diffusion.call_options import call_options, takes
+from iclevr_diffusion.call_options import call_options, request_lines, request_text, takes
 from iclevr_diffusion.cost import measure_cost
 from iclevr_diffusion.data import ImageStore
 from iclevr_diffusion.drawings import Drawings, Unit
@@ -33,9 +33,18 @@ from iclevr_diffusion.files import write_text
 from iclevr_diffusion.images import file_stem, make_grid, make_strip, save_png
 from iclevr_diffusion.inception import InceptionFeatures
 from iclevr_diffusion.judging import Reading, check_judge_labels, read_images, weights_sha256
+from iclevr_diffusion.lift import NUM_DRAWS, choose_best, measure_lift
 from iclevr_diffusion.protocols import MATCHED, Protocol, matched_protocol
 from iclevr_diffusion.reference import MIN_COMPARED, Reference
-from iclevr_diffusion.scores import INTERVAL, ceiling, is_quick, score_conditions, score_mean
+from iclevr_diffusion.scores import (
+    INTERVAL,
+    ceiling,
+    is_quick,
+    negation_ceiling,
+    score_conditions,
+    score_mean,
+    score_negation,
+)
 
 SCHEMA_VERSION = 2
 
@@ -92,6 +101,8 @@ class Evaluator:
             there must be others. The judges that `training_facts` names are among them by themselves.
         training_facts: What the pipeline was trained on, as `iclevr_diffusion.hub.training_facts` gives it.
         inception: `InceptionFeatures`, where FID and KID are wanted beside the distances in the judges' features.
+        best_of: From how many images of a condition the pipeline's own losses pick one, see `measure_lift`; the picked
+            ones are scored beside all of them. The number of images of each condition must be a multiple of it.
     """
 
     def __init__(
@@ -108,6 +119,7 @@ class Evaluator:
         judges_used_in_training: Sequence[str] = (),
         training_facts: Mapping[str, Any] | None = None,
         inception: InceptionFeatures | None = None,
+        best_of: int | None = None,
     ) -> None:
         for name, count in {"num_seeds": num_seeds, "micro_batch_size": micro_batch_size}.items():
             if count is not None and count < 1:
@@ -153,6 +165,8 @@ class Evaluator:
         self.judges_used_in_training = [name for name in judges if name in used]
         self.facts = facts
         self.inception = inception
+        self.best_of = best_of
+        self._check_best_of()
         self.drawings = Drawings(self.output_dir / "drawings")
         self.settings = self._settings()
         self._check_output_dir()
@@ -200,6 +214,7 @@ class Evaluator:
         """Judges and scores the drawn images; returns the contents of `results.json`, and pictures by file name."""
         pixel_values, readings = self._judge()
         self._write_records(readings)
+        lifts = self._lifts()
         held_out = distribution = {"missing": no_store_reason}
         pictures: dict[str, Any] = {}
         if store is not None and len(store.indices("held-out")) == 0:
@@ -211,7 +226,7 @@ class Evaluator:
         protocols: dict[str, Any] = {}
         if self.vocabulary is not None:
             protocols = {
-                name: self._score(protocol, readings[name], held_out.get("judges", {}))
+                name: self._score(protocol, readings[name], held_out.get("judges", {}), lifts.get(name))
                 for name, protocol in self.protocols.items()
             }
         results = {
@@ -235,7 +250,8 @@ class Evaluator:
                     }
                     for name, judge in self.judges.items()
                 }
-            },
+            }
+            | ({"best_of": {"num_candidates": self.best_of, "num_draws": NUM_DRAWS}} if self.best_of else {}),
             # The labels of held-out images come as often as there, however few these are.
             "quick": any(part["quick"] for name, part in protocols.items() if name != MATCHED),
             "judges_used_in_training": self.judges_used_in_training,
@@ -280,7 +296,8 @@ class Evaluator:
                             gathered[name, judge_name] = torch.full((num_images, found.shape[1]), torch.nan)
                         gathered[name, judge_name][there] = found[here]
             for name, (here, there) in rows.items():
-                if self.protocols[name].resampled == "replicates" or name == MATCHED:
+                is_fixed = self.protocols[name].resampled == "replicates" and self.protocols[name].prompts is None
+                if is_fixed or name == MATCHED:
                     shape = (len(self.protocols[name]) * self.num_seeds[name], *images.shape[1:])
                     pixel_values.setdefault(name, np.empty(shape, np.uint8))[there] = images[here]
         readings = {
@@ -289,8 +306,29 @@ class Evaluator:
         }
         return pixel_values, readings
 
+    def _lifts(self) -> dict[str, Tensor]:
+        """Measures the lift of all images that are picked from (num_conditions, num_seeds), by protocol."""
+        if self.best_of is None:
+            return {}
+        lifts = {
+            name: torch.full((len(protocol), self.num_seeds[name]), torch.nan)
+            for name, protocol in self.protocols.items()
+            if name != MATCHED
+        }
+        wanted = self.drawings.batches(lambda unit: self._is_wanted(unit) and unit.protocol in lifts)
+        for units, images, _ in tqdm(wanted, desc="Measuring lifts", unit="batch"):
+            requests = [self.protocols[unit.protocol].request(unit.position) for unit in units]
+            measured = measure_lift(self.pipeline, images, requests, batch_size=self.micro_batch_size)
+            for unit, lift in zip(units, measured, strict=True):
+                lifts[unit.protocol][unit.position, unit.replicate] = lift
+        return lifts
+
     def _score(
-        self, protocol: Protocol, readings: Mapping[str, Reading], held_out: Mapping[str, Any]
+        self,
+        protocol: Protocol,
+        readings: Mapping[str, Reading],
+        held_out: Mapping[str, Any],
+        lifts: Tensor | None,
     ) -> dict[str, Any]:
         class_labels = self.pipeline.encode_labels(protocol.conditions).cpu()
         num_seeds = self.num_seeds[protocol.name]
@@ -301,15 +339,24 @@ class Evaluator:
         num_objects = class_labels.sum(dim=1).long().numpy()
         judges = {}
         for name, reading in readings.items():
+            logits = reading.logits.unflatten(0, (len(protocol), num_seeds))
+            how = {"threshold": self.judges[name].config.threshold, "resampled": protocol.resampled}
             judges[name] = score_conditions(
-                reading.logits.unflatten(0, (len(protocol), num_seeds)),
+                logits,
                 class_labels,
                 label_names=self.vocabulary.names,
-                threshold=self.judges[name].config.threshold,
-                resampled=protocol.resampled,
                 seen=seen,
                 ceiling=ceiling(held_out[name], num_objects) if name in held_out else None,
+                **how,
             )
+            if protocol.negated is not None:
+                negated = self.vocabulary.encode(protocol.negated)
+                real = negation_ceiling(held_out[name], num_objects) if name in held_out else None
+                judges[name]["negation"] = score_negation(logits, class_labels, negated, **how) | {"ceiling": real}
+            if lifts is not None:
+                picked = logits[torch.arange(len(protocol))[:, None], choose_best(lifts, self.best_of)]
+                best = score_conditions(picked, class_labels, label_names=self.vocabulary.names, **how)["all"]
+                judges[name]["best_of"] = {"num_candidates": self.best_of, "all": best}
         return {
             "sha256": protocol.sha256,
             "num_conditions": len(protocol),
@@ -317,6 +364,7 @@ class Evaluator:
             "num_images": len(protocol) * num_seeds,
             "quick": is_quick(len(protocol), num_seeds),
             "resampled": protocol.resampled,
+            **({} if protocol.seeded_as is None else {"seeded_as": protocol.seeded_as}),
             "judges": judges,
         }
 
@@ -366,10 +414,10 @@ class Evaluator:
 
     def _cost(self) -> dict[str, Any]:
         """Says how fast images are drawn and what one takes, measured on this machine in this run."""
-        condition = next(iter(self.protocols.values())).conditions[0]
+        labels = list(next(iter(self.protocols.values())).conditions[0])  # one condition, whatever the protocol asks
 
         def draw(num_images: int) -> None:
-            self._call([condition] * num_images, list(range(num_images)), micro_batch_size=num_images)
+            self._call([labels] * num_images, list(range(num_images)), micro_batch_size=num_images)
 
         cost = measure_cost(draw, self._networks, batch_size=self.micro_batch_size)
         return cost | {
@@ -428,10 +476,34 @@ class Evaluator:
                 )
             return
         for name, protocol in self.protocols.items():
+            if protocol.prompts is not None and not hasattr(self.pipeline, "encode_compositions"):
+                raise ValueError(
+                    f"`protocols`, {name}: a {type(self.pipeline).__name__} draws in one call of its network and cannot"
+                    " sum conditions; leave this protocol out."
+                )
             try:
                 self.pipeline.encode_labels(protocol.conditions)
+                if protocol.prompts is not None:
+                    self.pipeline.encode_compositions(protocol.prompts)
             except ValueError as error:
                 raise ValueError(f"`protocols`, {name}: {error}") from None
+
+    def _check_best_of(self) -> None:
+        if self.best_of is None:
+            return
+        if self.best_of < 2:
+            raise ValueError(f"`best_of` must be at least 2, got {self.best_of}; leave it out to pick none.")
+        if not hasattr(self.pipeline, "encode_compositions") or not self.pipeline.unet.config.null_condition:
+            raise ValueError(
+                f"`best_of` must be left out, got {self.best_of}: it compares denoising losses with and without labels,"
+                " so it needs a diffusion model that was trained with label dropout."
+            )
+        for name, number in self.num_seeds.items():
+            if name != MATCHED and number % self.best_of:
+                raise ValueError(
+                    f"`num_seeds` must be a multiple of `best_of` = {self.best_of} to be picked from, got {number} for the"
+                    f" protocol {name}."
+                )
 
     def _check_judges(self, judges: Mapping[str, nn.Module]) -> None:
         sizes = [getattr(getattr(model, "config", None), "sample_size", None) for model in self._networks]
@@ -545,13 +617,13 @@ class Evaluator:
         return self._is_pictured(unit) and unit.protocol != MATCHED and takes(self.pipeline, "num_states")
 
     def _draw_batch(self, batch: list[Unit]) -> None:
-        conditions = [self.protocols[unit.protocol].conditions[unit.position] for unit in batch]
+        requests = [self.protocols[unit.protocol].request(unit.position) for unit in batch]
         seeds = [self._seed(unit) for unit in batch]
         keeps_states = self._has_strip(batch[0])
         # A strip of ten states and the image; few-step samplers have fewer.
         num_states = min(10, self.options.get("num_inference_steps", 10)) if keeps_states else 0
         states = {"num_states": num_states} if keeps_states else {}
-        output = self._call(conditions, seeds, micro_batch_size=self.micro_batch_size, **states)
+        output = self._call(requests, seeds, micro_batch_size=self.micro_batch_size, **states)
         images = getattr(output, "images", output)
         self._check_images(images, len(batch))
         pixel_values = _to_uint8(images)
@@ -563,23 +635,23 @@ class Evaluator:
         self.drawings.add(
             batch,
             pixel_values.transpose(0, 3, 1, 2),
-            labels=conditions,
+            labels=[self.protocols[unit.protocol].conditions[unit.position] for unit in batch],
             seeds=seeds,
             record={"time": time.time(), "environment": self._environment},
             process_index=self.state.process_index,
         )
 
-    def _call(self, conditions: Sequence[Sequence[str]], seeds: list[int], **arguments: Any) -> Any:  # noqa: ANN401
+    def _call(self, requests: list[str | list[str]], seeds: list[int], **arguments: Any) -> Any:  # noqa: ANN401
         """Calls the pipeline for images as float32 arrays (B, H, W, C) in [0, 1]."""
         arguments |= {"seeds": seeds, "output_type": "np", **self.options}
         if self.vocabulary is None:
             return self.pipeline(num_images=len(seeds), **arguments)
-        return self.pipeline([list(labels) for labels in conditions], **arguments)
+        return self.pipeline(requests, **arguments)
 
     def _seed(self, unit: Unit) -> int:
         protocol = self.protocols[unit.protocol]
         return image_seed(
-            unit.protocol,
+            protocol.seeded_as or unit.protocol,
             protocol.conditions[unit.position],
             unit.replicate,
             self._occurrences[unit.protocol][unit.position],
@@ -654,17 +726,18 @@ class Evaluator:
                 images[unit] = Image.fromarray(image.transpose(1, 2, 0))
         pictures: dict[str, tuple[Image.Image, dict[str, Any]]] = {}
         for name, protocol in self.protocols.items():
-            conditions = [list(labels) for labels in protocol.conditions[:NUM_PICTURED]]
-            units = [Unit(name, position, 0) for position in range(len(conditions))]
-            metadata = {"labels": conditions, "model": self.pipeline_name}
-            grid = make_grid([images[unit] for unit in units], ["\n".join(labels) for labels in conditions])
+            requests = [protocol.request(position) for position in range(min(len(protocol), NUM_PICTURED))]
+            units = [Unit(name, position, 0) for position in range(len(requests))]
+            labels = [[request] if isinstance(request, str) else request for request in requests]
+            metadata = {"labels": labels, "model": self.pipeline_name}
+            grid = make_grid([images[unit] for unit in units], [request_lines(request) for request in requests])
             pictures[f"{name}_grid.png"] = grid, metadata
             if "samples.png" not in pictures:
                 row = [images[unit] for unit in units[:NUM_SAMPLES]]
-                pictures["samples.png"] = make_strip(row), metadata | {"labels": conditions[:NUM_SAMPLES]}
+                pictures["samples.png"] = make_strip(row), metadata | {"labels": labels[:NUM_SAMPLES]}
             if self._has_strip(units[0]):
                 strips = [_open_image(self._picture_file(unit, "strips")) for unit in units]
-                grid = make_grid(strips, [", ".join(labels) for labels in conditions], columns=2)
+                grid = make_grid(strips, [request_text(request) for request in requests], columns=2)
                 pictures[f"{name}_strips.png"] = grid, metadata
                 for unit in units:
                     file = self._picture_file(unit, "images").relative_to(self.output_dir)
@@ -672,12 +745,13 @@ class Evaluator:
         return pictures
 
     def _picture_file(self, unit: Unit, kind: str) -> Path:
-        stem = file_stem(unit.position, self.protocols[unit.protocol].conditions[unit.position])
+        request = self.protocols[unit.protocol].request(unit.position)
+        stem = file_stem(unit.position, [request] if isinstance(request, str) else request)
         return self.output_dir / kind / unit.protocol / f"{stem}.png"
 
     def _metadata(self, unit: Unit) -> dict[str, Any]:
         return {
-            "labels": ", ".join(self.protocols[unit.protocol].conditions[unit.position]),
+            "labels": request_text(self.protocols[unit.protocol].request(unit.position)),
             "seed": self._seed(unit),
             "model": self.pipeline_name,
             **self.options,

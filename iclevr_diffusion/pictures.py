@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import iclevr_diffusion
-from iclevr_diffusion.call_options import call_options, takes
+from iclevr_diffusion.call_options import call_options, request_lines, takes
 from iclevr_diffusion.images import make_grid, make_strip, make_table, save_gif, save_png
 
 LabelLists = Sequence[Sequence[str]]
@@ -392,7 +392,7 @@ def _rows(items: Sequence[Any], length: int) -> list[Sequence[Any]]:
 
 
 def _captions(label_lists: LabelLists | None) -> list[str]:
-    return [] if label_lists is None else ["\n".join(labels) or "empty scene" for labels in label_lists]
+    return [] if label_lists is None else [request_lines(labels) or "empty scene" for labels in label_lists]
 
 
 def _facts(

@@ -1,5 +1,6 @@
 """Which label sets a pipeline is asked to draw in an evaluation."""
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -14,11 +15,22 @@ from typing import Literal
 from iclevr_diffusion.data import ImageStore
 from iclevr_diffusion.labels import ASSETS, LabelVocabulary, read_label_lists
 
-PROTOCOLS = ("test", "new_test", "held-out", "all", "unseen", "crowded")
+PROTOCOLS = (
+    "test",
+    "new_test",
+    "held-out",
+    "all",
+    "unseen",
+    "crowded",
+    "composed",
+    "composed-test",
+    "negated",
+    "unnegated",
+)
 MATCHED = "matched"  # by `matched_protocol`, as it needs images
 
 _MAX_CONDITIONS = 100_000  # of `all`: 84 labels; at 30 images each, already three million images
-_NUM_CROWDED = 100  # sets of each size
+_NUM_CROWDED = _NUM_NEGATED = 100  # sets of each size
 _FEW_CONDITIONS = 100  # a file with fewer conditions stands for itself, one with more for the sets it was drawn from
 
 
@@ -31,19 +43,34 @@ class Protocol:
         conditions: Labels of each image to draw; each condition is drawn several times, as replicates.
         resampled: What the intervals of its scores resample: `replicates` within each condition where the conditions
             are all that is asked for, `conditions` where they stand for more such label sets.
+        prompts: What a pipeline is asked for each condition, where that is text and not the labels themselves; see
+            `iclevr_diffusion.pipelines.composition.parse_prompt`.
+        negated: For each condition the labels that its images must not show, where that is scored.
+        seeded_as: Name of the protocol whose images have the same seeds, condition by condition, so that they differ
+            only in how they were asked for.
     """
 
     name: str
     conditions: tuple[tuple[str, ...], ...]
     resampled: Literal["replicates", "conditions"]
+    prompts: tuple[str, ...] | None = None
+    negated: tuple[tuple[str, ...], ...] | None = None
+    seeded_as: str | None = None
 
     def __len__(self) -> int:
         return len(self.conditions)
 
     @property
     def sha256(self) -> str:
-        """Hash of the conditions in their order, without the name: scores are comparable where it is the same."""
-        return hashlib.sha256(json.dumps(self.conditions).encode()).hexdigest()
+        """Hash of what is asked for in its order, without the name: scores are comparable where it is the same."""
+        asked = self.conditions
+        if self.prompts is not None or self.negated is not None:
+            asked = (self.conditions, self.prompts, self.negated)
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    def request(self, position: int) -> str | list[str]:
+        """Gives what a pipeline is asked for the condition at `position`: text or labels."""
+        return list(self.conditions[position]) if self.prompts is None else self.prompts[position]
 
 
 def open_protocol(
@@ -63,6 +90,11 @@ def open_protocol(
     - `unseen`: those of `all` that no training image shows.
     - `crowded`: up to 100 sets of four and of five labels, more than i-CLEVR's images show, as in *Local Mechanisms of
       Compositional Generalization in Conditional Diffusion* (Bradley, 2025, https://arxiv.org/abs/2509.16447).
+    - `composed`, `composed-test`: the sets of `crowded` and of `test`, each label a condition of its own, joined by AND
+      as in *Compositional Visual Generation with Composable Diffusion Models* (Liu et al., 2022,
+      https://arxiv.org/abs/2206.01714), from the same seeds.
+    - `negated`: up to 100 sets of one and of two labels, each with AND NOT another label; and `unnegated`: the same
+      labels from the same seeds without it, which shows what the negation changes.
 
     Args:
         name_or_path: One of `PROTOCOLS`, or a file in the form of i-CLEVR's `test.json`, which gives its own name.
@@ -85,6 +117,12 @@ def open_protocol(
         conditions, resampled = _unseen_conditions(vocabulary, training_conditions), "conditions"
     elif name_or_path == "crowded":
         conditions, resampled = _crowded_conditions(vocabulary), "conditions"
+    elif name_or_path in ("composed", "composed-test"):
+        plain = open_protocol("crowded" if name_or_path == "composed" else "test", vocabulary)
+        prompts = tuple(" AND ".join(labels) for labels in plain.conditions)
+        return dataclasses.replace(plain, name=name_or_path, prompts=prompts, seeded_as=plain.name)
+    elif name_or_path in ("negated", "unnegated"):
+        return _negated_protocol(name_or_path, vocabulary)
     else:
         path = Path(name_or_path)
         conditions = _read_conditions(path, vocabulary)
@@ -106,7 +144,8 @@ def _same_protocol(
         protocol = open_protocol(path.stem, vocabulary, training_conditions=training_conditions)
     except ValueError:  # a name that means nothing here, such as `test` for other labels than i-CLEVR's
         protocol = None
-    if protocol is None or protocol.conditions != tuple(map(tuple, conditions)):
+    as_listed = Protocol(path.stem, tuple(map(tuple, conditions)), "conditions")  # a file can ask for labels alone
+    if protocol is None or protocol.sha256 != as_listed.sha256:
         raise ValueError(
             f"{path} must hold the conditions of the protocol {path.stem!r} in their order, and holds others; give the"
             " file another name."
@@ -181,25 +220,58 @@ def _unseen_conditions(
 
 
 def _crowded_conditions(vocabulary: LabelVocabulary) -> list[tuple[str, ...]]:
-    """Draws sets of the labels used least so far; hashes break ties, so that no library's generator is relied upon."""
     if len(vocabulary) < 5:
         raise ValueError(
             f"The protocol `crowded` needs at least 5 labels for sets of four and five, got {len(vocabulary)}; give a"
             " file in the form of test.json."
         )
+    return [labels for size in (4, 5) for labels in _balanced_sets(vocabulary, size, _NUM_CROWDED)]
+
+
+def _negated_protocol(name: str, vocabulary: LabelVocabulary) -> Protocol:
+    """Takes sets of two and three labels, and of each set the label out that was negated least so far."""
+    if len(vocabulary) < 3:
+        raise ValueError(
+            f"The protocol `{name}` needs at least 3 labels, for sets of two and one that they must not show, got"
+            f" {len(vocabulary)}; draw text of your own with iclevr-sample."
+        )
+    conditions, negated, num_uses = [], [], Counter()
+    for size in (2, 3):
+        for labels in _balanced_sets(vocabulary, size, _NUM_NEGATED):
+            left_out = min(labels, key=lambda label: (num_uses[label], _hash(f"{' '.join(sorted(labels))} {label}")))
+            num_uses[left_out] += 1
+            conditions.append(tuple(label for label in labels if label != left_out))
+            negated.append((left_out,))
+    prompts = None
+    if name == "negated":
+        prompts = tuple(
+            f"{', '.join(labels)} AND NOT {left_out}" for labels, (left_out,) in zip(conditions, negated, strict=True)
+        )
+    return Protocol(
+        name,
+        tuple(conditions),
+        "conditions",
+        prompts=prompts,
+        negated=tuple(negated),
+        seeded_as="negated" if name == "unnegated" else None,
+    )
+
+
+def _balanced_sets(vocabulary: LabelVocabulary, size: int, number: int) -> list[tuple[str, ...]]:
+    """Draws sets of the labels used least so far; hashes break ties, so that no library's generator is relied upon."""
     drawn: dict[frozenset[str], None] = {}
-    for size in (4, 5):
-        num_uses = Counter()
-        for draw in range(min(_NUM_CROWDED, math.comb(len(vocabulary), size))):
-            order = sorted(
-                vocabulary,
-                key=lambda label: (num_uses[label], hashlib.sha256(f"{size} {draw} {label}".encode()).digest()),
-            )
-            # The first five come first, and what follows differs from them as late as possible.
-            condition = next(labels for labels in map(frozenset, combinations(order, size)) if labels not in drawn)
-            drawn[condition] = None
-            num_uses.update(condition)
+    num_uses = Counter()
+    for draw in range(min(number, math.comb(len(vocabulary), size))):
+        order = sorted(vocabulary, key=lambda label: (num_uses[label], _hash(f"{size} {draw} {label}")))
+        # The first ones come first, and what follows differs from them as late as possible.
+        condition = next(labels for labels in map(frozenset, combinations(order, size)) if labels not in drawn)
+        drawn[condition] = None
+        num_uses.update(condition)
     return [tuple(sorted(labels, key=vocabulary.index)) for labels in drawn]
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _read_conditions(path: Path, vocabulary: LabelVocabulary) -> list[list[str]]:

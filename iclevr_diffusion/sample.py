@@ -10,18 +10,23 @@ import torch
 from diffusers import DiffusionPipeline
 
 import iclevr_diffusion
-from iclevr_diffusion.call_options import call_options, takes
+from iclevr_diffusion.call_options import call_options, request_lines, request_text, takes
 from iclevr_diffusion.command_line import SAMPLING_OPTIONS, add_pipeline_arguments, open_pipeline
 from iclevr_diffusion.hub import DEFAULT_PIPELINE
 from iclevr_diffusion.images import file_stem, make_grid, make_strip, save_png
 from iclevr_diffusion.labels import LabelVocabulary, read_label_lists
+from iclevr_diffusion.pipelines.composition import Condition, parse_prompt
 
 
-def read_prompts(prompts: Sequence[str], prompt_file: str | None, vocabulary: LabelVocabulary) -> list[list[str]]:
+def read_prompts(
+    prompts: Sequence[str], prompt_file: str | None, vocabulary: LabelVocabulary
+) -> list[list[str] | str]:
     """Gives the labels of each image asked for on the command line, then of each in the file.
 
+    Text that composes several conditions, or weighs one, is given back as it is, for a diffusion pipeline to read.
+
     Args:
-        prompts: Labels joined by commas, one string an image.
+        prompts: Labels joined by commas, one string an image, or conditions of such labels joined by AND and NOT.
         prompt_file: A file with one such prompt a line, or a JSON file in the form of i-CLEVR's `test.json`.
         vocabulary: The labels that the pipeline knows.
     """
@@ -32,20 +37,22 @@ def read_prompts(prompts: Sequence[str], prompt_file: str | None, vocabulary: La
     elif prompt_file is not None:
         lines = Path(prompt_file).read_text(encoding="utf-8").splitlines()
         asked += [(f"{prompt_file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    label_lists = []
+    label_lists: list[list[str] | str] = []
     for source, prompt in asked:
-        names = [name.strip() for name in prompt.split(",")] if prompt.strip() else []
         try:
-            vocabulary.encode([names])
+            conditions = parse_prompt(prompt)
+            for condition in conditions:
+                vocabulary.encode([condition.labels])
         except ValueError as error:
             raise ValueError(f"{source}: {str(error).removeprefix('`class_labels[0]`').lstrip(': ')}") from None
-        label_lists.append(names)
+        is_plain = conditions == [Condition(conditions[0].labels)]
+        label_lists.append(list(conditions[0].labels) if is_plain else prompt.strip())
     if not label_lists and not listed:
         raise ValueError('There is nothing to draw: give prompts such as "red cube, blue sphere", or --prompt_file.')
     return label_lists + listed
 
 
-def draw(pipeline: DiffusionPipeline, label_lists: list[list[str]], args: argparse.Namespace) -> list[Path]:
+def draw(pipeline: DiffusionPipeline, label_lists: list[list[str] | str], args: argparse.Namespace) -> list[Path]:
     """Draws each list of labels `args.num_images_per_prompt` times and writes PNG files, grid and strips."""
     labels_of_image = [labels for labels in label_lists for _ in range(args.num_images_per_prompt)]
     seeds = [args.seed + i for i in range(len(labels_of_image))]
@@ -61,22 +68,27 @@ def draw(pipeline: DiffusionPipeline, label_lists: list[list[str]], args: argpar
     metadata["Software"] = f"iclevr_diffusion {iclevr_diffusion.__version__}"
     out, files = Path(args.out), []
     for i, (image, labels, seed) in enumerate(zip(output.images, labels_of_image, seeds, strict=True)):
-        files.append(out / f"{file_stem(i, labels)}.png")
-        save_png(image, files[-1], {"labels": ", ".join(labels), "seed": seed} | metadata)
+        files.append(out / f"{file_stem(i, [labels] if isinstance(labels, str) else labels)}.png")
+        save_png(image, files[-1], {"labels": request_text(labels), "seed": seed} | metadata)
     sheet = metadata | {"labels": labels_of_image, "seeds": seeds}
     files.append(out / "grid.png")
-    save_png(make_grid(output.images, ["\n".join(labels) for labels in labels_of_image]), files[-1], sheet)
+    save_png(make_grid(output.images, [request_lines(labels) for labels in labels_of_image]), files[-1], sheet)
     if args.strip:
         strips = [make_strip(states) for states in zip(*output.states, output.images, strict=True)]
         files.append(out / "strips.png")
-        save_png(make_grid(strips, [", ".join(labels) for labels in labels_of_image], columns=1), files[-1], sheet)
+        save_png(make_grid(strips, [request_text(labels) for labels in labels_of_image], columns=1), files[-1], sheet)
     return files
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(prog="iclevr-sample", description="Draws images of named objects into a folder.")
-    parser.add_argument("prompts", nargs="*", help='labels of one image joined by commas: "red cube, blue sphere"')
+    parser.add_argument(
+        "prompts",
+        nargs="*",
+        help='labels of one image joined by commas, "red cube, blue sphere"; diffusion models also sum conditions:'
+        ' "red cube AND gray cube AND NOT blue sphere:0.5"',
+    )
     parser.add_argument("--prompt_file", default=None, help="one prompt a line, or JSON in the form of test.json")
     parser.add_argument("--out", default="samples", help="folder; files of the same names in it are overwritten")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next ones count up from it")

@@ -428,6 +428,60 @@ def score_difference(
     }
 
 
+def score_negation(
+    logits: Tensor,
+    class_labels: Tensor,
+    negated_labels: Tensor,
+    *,
+    threshold: float = 0.0,
+    resampled: Literal["replicates", "conditions"],
+) -> dict[str, Any]:
+    """Scores images that were to show some labels and not to show others.
+
+    Args:
+        logits: A judge's outputs (num_conditions, num_replicates, num_classes) before the sigmoid.
+        class_labels: Labels asked for (num_conditions, num_classes); an entry above 0 asks for that object.
+        negated_labels: Labels that must not be there (num_conditions, num_classes).
+        threshold: A logit above it means that the judge sees the object.
+        resampled: What the intervals draw again, see `score_conditions`.
+
+    Returns:
+        `num_images`, and the shares of images in which all labels asked for are seen (`present`), none of the negated
+        ones is (`absent`), and both, each with `value`, `low` and `high` as from `score_conditions`.
+    """
+    _, asked, _, seen = _read_list(logits, class_labels, threshold)
+    negated = _read_list(logits, negated_labels, threshold).asked
+    present, absent = (seen | ~asked).all(axis=1), ~(seen & negated).any(axis=1)
+    marks = {"present": present, "absent": absent, "both": present & absent}
+    size, weights = logits.shape[:2], None
+    if not is_quick(*size):
+        weights = _resample(*size, resampled, np.random.default_rng(INTERVAL["seed"]))
+    scores: dict[str, Any] = {"num_images": len(present)}
+    for name, mark in marks.items():
+        draws = None
+        if weights is not None:  # a weight stands for as many images as there are to each
+            per_weight = len(mark) // (weights.shape[0] * weights.shape[1])
+            counts = mark.reshape(-1, per_weight).sum(axis=1).astype(np.float64)
+            flat = weights.reshape(len(counts), -1)
+            draws = counts @ flat / (per_weight * flat.sum(axis=0))
+        scores[name] = _estimate(name, mark.mean(), draws)
+    return scores
+
+
+def negation_ceiling(held_out: Mapping[str, Any], num_objects: np.ndarray) -> float | None:
+    """Says what a judge scores as `both` on real images with as many objects, where each label not shown is negated.
+
+    Args:
+        held_out: The judge's scores on real images, as from `score_images`.
+        num_objects: How many objects each condition asks for (num_conditions,).
+
+    Returns:
+        The mean over the conditions; None if there is no real image with as many objects as some condition asks for.
+    """
+    of_real = [held_out["by_num_objects"].get(str(k), {}).get("negation") for k in np.asarray(num_objects).tolist()]
+    return None if None in of_real else sum(of_real) / len(of_real)
+
+
 def score_images(logits: Tensor, class_labels: Tensor, *, threshold: float = 0.0) -> dict[str, Any]:
     """Scores a judge on images whose labels are known, in all and by number of objects.
 
@@ -437,12 +491,16 @@ def score_images(logits: Tensor, class_labels: Tensor, *, threshold: float = 0.0
         threshold: A logit above it means that the judge sees the object.
 
     Returns:
-        The number of images and their scores, None where undefined: `top_k` and `recall` where nothing is shown.
+        The number of images and their scores, None where undefined: `top_k` and `recall` where nothing is shown. Beside
+        them `negation`, the share of pairs of an image and a label it does not show, each image weighed alike, in which
+        all that it shows is seen and that label is not.
     """
 
     def score(part: _Reading) -> dict[str, Any]:
         scores = {name: _estimate(name, value, None)["value"] for name, value in _values(part)[0].items()}
-        return {"num_images": len(part.asked)} | scores
+        is_whole, others = (part.seen | ~part.asked).all(axis=1), ~part.asked
+        negation = (is_whole * _ratio((others & ~part.seen).sum(axis=1), others.sum(axis=1))).mean()
+        return {"num_images": len(part.asked)} | scores | {"negation": _estimate("negation", negation, None)["value"]}
 
     reading = _read(logits, class_labels, threshold)
     num_objects = reading.asked.sum(axis=1)
@@ -490,6 +548,7 @@ def format_results(results: Mapping[str, Any]) -> str:
         lines += [
             "real: what the judge itself scores on held-out real images with as many objects, its ceiling.",
             *(["* This judge also taught the pipeline."] if results["judges_used_in_training"] else []),
+            *(_lines_of_best(best) if (best := results["settings"].get("best_of")) else []),
         ]
         if quick := [name for name, protocol in results["protocols"].items() if protocol["quick"]]:
             lines += [
@@ -533,7 +592,31 @@ def _table_of_judge(results: Mapping[str, Any], judge: str) -> list[str]:
         add("mean test, new_test", "all", mean[judge], mean[judge].get("ceiling"))
     if real:
         lines.append(_table_row("held-out real images", "all", real, None))
+    for protocol, entry in results["protocols"].items():
+        if negation := entry["judges"][judge].get("negation"):
+            lines.append(_line_of_negation(protocol, negation))
+    for protocol, entry in results["protocols"].items():
+        if best := entry["judges"][judge].get("best_of"):
+            add(protocol, f"best {best['num_candidates']} +", best["all"], None)
     return [*lines, ""]
+
+
+def _lines_of_best(best: Mapping[str, Any]) -> list[str]:
+    return [
+        f"+ Of each {best['num_candidates']} images the one that the model itself finds to fit its labels best, by"
+        f" {best['num_draws']} denoising",
+        "losses with and without them: more work an image, and not comparable with one image drawn once.",
+    ]
+
+
+def _line_of_negation(protocol: str, negation: Mapping[str, Any]) -> str:
+    present, absent, both = (_decimals(negation[name]["value"]) for name in ("present", "absent", "both"))
+    low, high = negation["both"]["low"], negation["both"]["high"]
+    interval = "" if low is None else f" ({low:.3f}-{high:.3f})"
+    return (
+        f"{protocol}: all asked for seen {present}, nothing negated seen {absent}, both {both}{interval};"
+        f" real images {_decimals(negation.get('ceiling'))}"
+    )
 
 
 def _table_row(name: str, part: str, scores: Mapping[str, Any], of_real: Mapping[str, Any] | None) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,7 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iclevr_diffusion import ICLEVR_LABELS, CycleGANGenerator, CycleGANPipeline, LabelVocabulary, evaluate, hub, sample
+from iclevr_diffusion import (
+    ICLEVR_LABELS,
+    CycleGANGenerator,
+    CycleGANPipeline,
+    LabelVocabulary,
+    evaluate,
+    hub,
+    protocols,
+    sample,
+)
 from iclevr_diffusion.command_line import make_scheduler
 from iclevr_diffusion.data import open_store
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
@@ -91,6 +101,18 @@ def test_a_sampled_image_says_how_it_was_drawn(run_sample, pipeline_folder):
     assert json.loads(Image.open(out / "grid.png").text["labels"]) == [["red cube", "blue sphere"], ["gray cylinder"]]
 
 
+def test_sample_takes_composed_conditions_as_text_and_writes_it_down(run_sample, tmp_path):
+    (tmp_path / "prompts.txt").write_text("gray cube:0.5\n")
+    prompt = " red cube, gray cube AND NOT blue sphere:0.5 "
+    out = run_sample(prompt, "gray cylinder", "--prompt_file", str(tmp_path / "prompts.txt"), "--strip")
+    name = "0000_red-cube-gray-cube-AND-NOT-blue-sphere-0-5.png"
+    assert Image.open(out / name).text["labels"] == prompt.strip()
+    labels = json.loads(Image.open(out / "grid.png").text["labels"])
+    assert labels == [prompt.strip(), ["gray cylinder"], "gray cube:0.5"]
+    plain = run_sample("red cube, gray cube", out=tmp_path / "plain")
+    assert (pixels(out / name) != pixels(plain / "0000_red-cube_gray-cube.png")).any()
+
+
 def test_an_image_drawn_alone_by_its_seed_is_the_same(run_sample, tmp_path):
     many = run_sample("red cube", "gray cylinder", "--seed", "5", "--micro_batch_size", "1")
     alone = run_sample("gray cylinder", "--seed", "6", "--micro_batch_size", "1", out=tmp_path / "alone")
@@ -129,6 +151,8 @@ def test_prompts_are_read_from_a_file_after_those_of_the_command_line(run_sample
     [
         (["red cub"], "prompt 'red cub': Unknown label 'red cub'; did you mean 'red cube'"),
         (["red cube, red cube"], "more than once"),
+        (["gray cube AND red cub"], "prompt 'gray cube AND red cub': Unknown label 'red cub'; did you mean"),
+        (["red cube NOT gray cube"], "prompt 'red cube NOT gray cube': `NOT` must stand once at the start"),
         ([], "nothing to draw"),
         ([""], "empty scene"),
         (["red cube", "--device", "abacus"], "`device` must be one of this machine's, .* got 'abacus': "),
@@ -204,6 +228,26 @@ def test_evaluate_draws_lists_from_files(run_evaluate, tmp_path):
     results = run_evaluate("--protocols", tmp_path / "few.json", "--seeds", "1", "--name", "mine", *scheduler)
     assert results["protocols"]["few"]["num_conditions"] == 1 and results["pipeline"]["name"] == "mine"
     assert results["settings"]["scheduler"]["_class_name"] == "DDIMScheduler"
+
+
+def test_evaluate_scores_negation_and_picked_images(run_evaluate, capsys, monkeypatch):
+    few = [protocols.open_protocol(name, ICLEVR_LABELS) for name in ("negated", "unnegated")]
+    few = {
+        plain.name: dataclasses.replace(
+            plain,
+            conditions=plain.conditions[:2],
+            prompts=plain.prompts and plain.prompts[:2],
+            negated=plain.negated[:2],
+        )
+        for plain in few
+    }
+    monkeypatch.setattr(evaluate, "open_protocol", lambda name, vocabulary, **_: few[name])
+    results = run_evaluate("--protocols", *few, "--seeds", "4", "--best_of", "2")
+    for protocol in results["protocols"].values():
+        assert protocol["judges"]["small"]["negation"]["num_images"] == 8
+        assert protocol["judges"]["small"]["best_of"]["all"]["num_images"] == 4
+    printed = capsys.readouterr().out
+    assert "unnegated: all asked for seen" in printed and "best 2 +" in printed
 
 
 def test_evaluate_compares_with_held_out_images(run_evaluate, tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -23,12 +24,20 @@ from iclevr_diffusion.judging import read_images
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.protocols import MATCHED, Protocol, matched_protocol
 from iclevr_diffusion.reference import Reference
-from iclevr_diffusion.scores import exact_match, format_results, score_images
+from iclevr_diffusion.scores import exact_match, format_results, score_conditions, score_images, score_negation
 
 FIRST = Protocol(
     "first", (("red cube",), ("gray cube", "blue sphere"), ("cyan sphere", "red cylinder", "green cube")), "replicates"
 )
 SECOND = Protocol("second", (("gray cylinder",), ("gray cube", "blue sphere")), "replicates")
+NEGATED = Protocol(
+    "negated",
+    (("red cube",), ("red cube",), ("gray cube", "blue sphere")),
+    "conditions",
+    prompts=("red cube AND NOT gray cube", "red cube AND NOT cyan cube", "gray cube, blue sphere AND NOT cyan cube"),
+    negated=(("gray cube",), ("cyan cube",), ("cyan cube",)),
+)
+UNNEGATED = dataclasses.replace(NEGATED, name="unnegated", prompts=None, seeded_as="negated")
 MATCHING = Protocol(MATCHED, (("red cube",), ("red cube",), ("blue sphere", "gray cube")) * 3, "conditions")
 
 
@@ -638,3 +647,89 @@ def test_a_pipeline_that_maps_images_is_not_scored(tmp_path):
     networks = [CycleGANGenerator(16, block_out_channels=(8, 8), num_residual_blocks=1) for _ in range(2)]
     with pytest.raises(ValueError, match="got a CycleGANPipeline; one that maps images is looked at with iclevr-pic"):
         Evaluator(CycleGANPipeline(*networks), {"judge": make_judge()}, (FIRST,), tmp_path)
+
+
+def test_composed_conditions_are_drawn_as_asked_and_scored_by_what_must_not_be_there(make_evaluator, tmp_path):
+    results = make_evaluator(protocols=(NEGATED, UNNEGATED)).run(make_store(num_images=40))
+    records = pq.read_table(tmp_path / "evaluation" / "records.parquet").to_pylist()
+    seeds = [[row["seed"] for row in records if row["protocol"] == name] for name in ("negated", "unnegated")]
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 6
+    images = {}
+    for units, pixel_values, _ in Drawings(tmp_path / "evaluation" / "drawings").batches():
+        images |= {unit: image.tobytes() for unit, image in zip(units, pixel_values, strict=True)}
+    for position in range(3):
+        assert images[Unit("negated", position, 0)] != images[Unit("unnegated", position, 0)]
+    logits = torch.tensor([row["logits judge"] for row in records if row["protocol"] == "negated"]).unflatten(
+        0, (3, 2)
+    )
+    labels = [ICLEVR_LABELS.encode(part) for part in (NEGATED.conditions, NEGATED.negated)]
+    negation = results["protocols"]["negated"]["judges"]["judge"]["negation"]
+    assert negation.pop("ceiling") is None  # the held-out images show two objects each
+    assert negation == score_negation(logits, *labels, resampled="conditions")
+    assert results["protocols"]["unnegated"]["seeded_as"] == "negated"
+    assert "unnegated: all asked for seen" in format_results(results)
+    file = tmp_path / "evaluation" / "images" / "negated" / "0000_red-cube-AND-NOT-gray-cube.png"
+    assert Image.open(file).text["labels"] == NEGATED.prompts[0]
+    samples = Image.open(tmp_path / "evaluation" / "samples.png")
+    assert json.loads(samples.text["labels"]) == [[prompt] for prompt in NEGATED.prompts]
+
+
+def test_a_pipeline_of_one_call_is_not_asked_to_compose(plain_pipeline, tmp_path):
+    with pytest.raises(ValueError, match="`protocols`, negated: a PlainPipeline draws in one call of its network"):
+        Evaluator(plain_pipeline, {"judge": make_judge()}, (NEGATED,), tmp_path)
+    Evaluator(plain_pipeline, {"judge": make_judge()}, (UNNEGATED,), tmp_path)
+
+
+def test_the_images_of_highest_lift_are_scored_apart(make_evaluator, tmp_path, monkeypatch):
+    plain = make_evaluator(num_seeds=4).run()
+    lifts = {}
+
+    def measure(pipeline, pixel_values, requests, **_):
+        return torch.tensor([lifts.setdefault(image.tobytes(), len(lifts) * 7 % 24) for image in pixel_values]).float()
+
+    monkeypatch.setattr(evaluation, "measure_lift", measure)
+    results = make_evaluator(num_seeds=4, best_of=2).run()  # draws nothing anew
+    assert results["settings"].pop("best_of") == {"num_candidates": 2, "num_draws": 8}
+    assert results["settings"] == plain["settings"]
+    best = results["protocols"]["first"]["judges"]["judge"].pop("best_of")
+    assert results["protocols"]["first"] == plain["protocols"]["first"]
+    images = {}
+    for units, pixel_values, _ in Drawings(tmp_path / "evaluation" / "drawings").batches():
+        images |= dict(zip(units, pixel_values, strict=True))
+    logits = torch.empty(3, 2, 24)
+    for position in range(3):
+        for pair in range(2):
+            of_pair = [images[Unit("first", position, 2 * pair + i)] for i in range(2)]
+            picked = max(of_pair, key=lambda image: lifts[image.tobytes()])
+            logits[position, pair] = read_images(make_judge(), picked[None]).logits[0]
+    expected = score_conditions(
+        logits, ICLEVR_LABELS.encode(FIRST.conditions), label_names=ICLEVR_LABELS.names, resampled="replicates"
+    )
+    assert best["num_candidates"] == 2 and best["all"]["num_images"] == 6
+    assert best["all"]["exact_match"] == expected["all"]["exact_match"]
+    assert best["all"]["mean_average_precision"]["value"] == pytest.approx(
+        expected["all"]["mean_average_precision"]["value"], abs=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"best_of": 1}, "`best_of` must be at least 2, got 1"),
+        (
+            {"best_of": 2, "num_seeds": 3},
+            "`num_seeds` must be a multiple of `best_of` = 2 .* got 3 for the protocol first",
+        ),
+    ],
+)
+def test_images_are_picked_from_as_many_as_there_are(make_evaluator, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_evaluator(**arguments)
+
+
+def test_only_a_model_of_both_losses_picks_images(make_evaluator, tiny_pipeline, plain_pipeline, tmp_path):
+    tiny_pipeline.unet.register_to_config(null_condition=False)
+    with pytest.raises(ValueError, match="needs a diffusion model that was trained with label dropout"):
+        make_evaluator(best_of=2)
+    with pytest.raises(ValueError, match="needs a diffusion model that was trained with label dropout"):
+        Evaluator(plain_pipeline, {"judge": make_judge()}, (FIRST,), tmp_path, best_of=2)

@@ -34,7 +34,7 @@ from iclevr_diffusion.hub import (
 from iclevr_diffusion.judging import load_judge, weights_sha256
 from iclevr_diffusion.models import unet_multilabel
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
-from iclevr_diffusion.pipelines import label_vocabulary, labelled_pipeline, pipeline_conditional_ddpm
+from iclevr_diffusion.pipelines import composition, label_vocabulary, labelled_pipeline, pipeline_conditional_ddpm
 from iclevr_diffusion.protocols import Protocol
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -108,6 +108,7 @@ def test_a_published_folder_holds_weights_code_and_card_and_nothing_else(exporte
     assert present == published_files(exported)
     assert present == [
         "README.md",
+        "composition.py",
         "label_vocabulary.py",
         "labelled_pipeline.py",
         "model_index.json",
@@ -119,6 +120,7 @@ def test_a_published_folder_holds_weights_code_and_card_and_nothing_else(exporte
     ]
     for published, module in {
         "pipeline.py": pipeline_conditional_ddpm,
+        "composition.py": composition,
         "label_vocabulary.py": label_vocabulary,
         "labelled_pipeline.py": labelled_pipeline,
         "unet/unet_multilabel.py": unet_multilabel,

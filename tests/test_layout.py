@@ -50,6 +50,7 @@ ARROWS = {
     "denoiser": {"config", "models", "training_data"},
     "distillation": {"labels", "models", "pipelines"},
     "domains": {"config", "data", "training", "training_data"},
+    "lift": {"diffusion", "pipelines"},
     "evaluation": {
         "",
         "call_options",
@@ -61,6 +62,7 @@ ARROWS = {
         "images",
         "inception",
         "judging",
+        "lift",
         "protocols",
         "reference",
         "scores",

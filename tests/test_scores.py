@@ -11,9 +11,11 @@ from iclevr_diffusion.scores import (
     format_results,
     found_labels,
     is_quick,
+    negation_ceiling,
     score_conditions,
     score_images,
     score_mean,
+    score_negation,
     top_k_hits,
 )
 
@@ -295,6 +297,7 @@ def test_images_of_known_labels_are_scored_in_all_and_by_number_of_objects():
         "recall": 0.75,
         "count_accuracy": 0.0,
         "mean_average_precision": 0.5,  # a and d in one of two images each; b is in both, c in none
+        "negation": 0.25,  # a, b and c are seen: of c and d one is rightly not there, and of b and d not all are
     }
 
 
@@ -308,7 +311,40 @@ def test_images_of_nothing_have_no_hits_to_count_but_an_exact_match():
         "recall": None,
         "count_accuracy": 0.75,
         "mean_average_precision": None,
+        "negation": (1 + 0.25 + 1 + 1) / 4,
     }
+
+
+def test_negation_counts_what_is_there_and_what_is_not():
+    absent = torch.tensor([[0.0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
+    logits = COUNTED_LOGITS[:, None].expand(-1, 10, -1)
+    scores = score_negation(logits, COUNTED_LABELS, absent, resampled="conditions")
+    # a, b and c are seen: the first shows b besides; the third lacks d
+    assert {name: score["value"] for name, score in scores.items() if name != "num_images"} == {
+        "present": 0.75,
+        "absent": 0.75,
+        "both": 0.5,
+    }
+    assert scores["num_images"] == 40
+    assert 0 <= scores["both"]["low"] < 0.5 < scores["both"]["high"] <= 1
+    fixed = score_negation(logits, COUNTED_LABELS, absent, resampled="replicates")
+    assert fixed["both"] == {"value": 0.5, "low": 0.5, "high": 0.5}  # all replicates are alike
+    quick = score_negation(logits[:, :1], COUNTED_LABELS, absent, resampled="replicates")
+    assert quick["both"] == {"value": 0.5, "low": None, "high": None}
+    strict = score_negation(logits, COUNTED_LABELS, absent, threshold=1.5, resampled="replicates")
+    assert (strict["present"]["value"], strict["absent"]["value"]) == (0.25, 1.0)  # a and c are seen
+
+
+def test_the_interval_of_a_negation_is_that_of_the_binomial_distribution():
+    logits = torch.tensor([1.0, -1.0] * 200)[None, :, None]
+    both = score_negation(logits, torch.ones(1, 1), torch.zeros(1, 1), resampled="replicates")["both"]
+    assert [both["low"], both["high"]] == pytest.approx([0.5 - 1.96 / 40, 0.5 + 1.96 / 40], abs=0.004)
+
+
+def test_the_ceiling_of_negation_weighs_conditions_alike():
+    held_out = score_images(COUNTED_LOGITS, COUNTED_LABELS)  # one object: of b, c and d one is not seen
+    assert negation_ceiling(held_out, np.array([1, 2, 2])) == pytest.approx((1 / 3 + 0.25 + 0.25) / 3)
+    assert negation_ceiling(held_out, np.array([1, 4])) is None
 
 
 def test_the_ceiling_is_the_judges_own_score_for_the_same_numbers_of_objects():
@@ -558,6 +594,25 @@ def test_the_printed_table_says_which_scores_are_not_to_be_trusted():
         assert words in table
     table = format_results(make_results())
     assert "*" not in table and "Quick" not in table
+
+
+def test_the_printed_table_sets_negation_and_picked_images_apart():
+    results = make_results()
+    logits, absent = COUNTED_LOGITS[:, None].expand(-1, 10, -1), torch.tensor([[0.0, 1, 0, 0]] * 4)
+    negation = score_negation(logits, COUNTED_LABELS, absent, resampled="replicates") | {"ceiling": 0.9}
+    entry = results["protocols"]["test"]["judges"]["judge"]
+    entry |= {"negation": negation, "best_of": {"num_candidates": 5, "all": entry["all"]}}
+    results["settings"]["best_of"] = {"num_candidates": 5, "num_draws": 8}
+    lines = format_results(results).splitlines()
+    rows = [" ".join(line.split()) for line in lines]
+    assert "test best 5 + 0.625 0.625-0.625 0.250 0.583 0.875 0.250 0.500 - -" in rows
+    assert (
+        "test: all asked for seen 0.750, nothing negated seen 0.000, both 0.000 (0.000-0.000); real images 0.900"
+        in rows
+    )
+    assert any(line.startswith("+ Of each 5 images the one that the model itself finds") for line in lines)
+    assert max(map(len, lines)) <= 120
+    assert "+" not in format_results(make_results())
 
 
 def test_the_printed_table_says_why_something_is_missing():

@@ -8,8 +8,11 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
+from .composition import Composition, Condition, is_composed, read_compositions
 from .label_vocabulary import LabelVocabulary
 from .labelled_pipeline import LARGEST_BATCH, ConditionalImageOutput, Images, LabelledPipeline
+
+ClassLabels = str | Sequence[str | Sequence[Condition | str | int]] | Tensor | np.ndarray
 
 
 class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
@@ -18,6 +21,16 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
     *Denoising Diffusion Probabilistic Models* (Ho et al., 2020, https://arxiv.org/abs/2006.11239) with classifier-free
     guidance (Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598). Any diffusers scheduler whose prediction type
     is the network's can be assigned to `scheduler`.
+
+    An image may be composed of several conditions, as in *Compositional Visual Generation with Composable Diffusion
+    Models* (Liu et al., 2022, https://arxiv.org/abs/2206.01714). With the unconditional prediction u, the prediction c_i
+    for condition i and its weight w_i, which is negative for one that is negated, a step follows
+
+        u + guidance_scale * sum_i w_i (c_i - u),
+
+    so that guidance which is off (`guidance_scale` of 1, or outside of `guidance_interval`) leaves u + sum_i w_i (c_i - u).
+    For one condition of weight 1 these are the guided and the conditional prediction. All predictions of a step are rows
+    of one call of the network; u is left out where its factor is 0 because the weights sum to 1 and guidance is off.
 
     An image depends on the weights, its labels, its seed, the scheduler and the number of steps, not on its place or
     its neighbours: each image has a random stream of its own, drawn on the CPU in float32. Kernels round by batch
@@ -54,7 +67,7 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[Sequence[str | int]] | Tensor | np.ndarray | None,
+        class_labels: ClassLabels | None,
         num_images: int | None = None,
         *,
         num_inference_steps: int | None = None,
@@ -73,11 +86,13 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
         Args:
             class_labels: A list with one inner list of names or indices an image, a matrix (batch, num_classes) with
                 entries >= 0, or a 1-D integer tensor with one label an image; an empty inner list asks for an empty
-                scene. `None` draws `num_images` images without a condition.
+                scene. `None` draws `num_images` images without a condition. For images composed of conditions, the
+                text of one image, "red cube, blue sphere AND NOT gray cylinder:0.5" (see `parse_prompt`), or a list
+                with an entry an image: text, a list of `Condition`, or a list of labels.
             num_images: How many images to draw where `class_labels` is `None`.
             num_inference_steps: Steps of the scheduler; the pipeline's default if not given.
             guidance_scale: w in `unconditional + w * (conditional - unconditional)`: 1 is off. The pipeline's
-                default if not given.
+                default if not given. It multiplies the weights of all conditions of an image.
             guidance_interval: The part of the steps, from 0 (first) to 1 (last), in which guidance is on, as in
                 *Applying Guidance in a Limited Interval* (Kynkäänniemi et al., 2024,
                 https://arxiv.org/abs/2404.07724).
@@ -85,7 +100,8 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
                 global generator is the source.
             seeds: The seed of each image, or one seed for an image drawn alone.
             micro_batch_size: Images that go through the network at once; the last chunk is padded to it. Without it,
-                all at once up to 64.
+                all at once up to 64. Images with different numbers of conditions are drawn one after the other, each
+                number in chunks of its own.
             output_type: `pil` for a list of images, `np` for float32 (B, H, W, C) in [0, 1], `pt` for a tensor
                 (B, C, H, W) in [0, 1].
             return_dict: Whether to return a `ConditionalImageOutput` rather than a tuple `(images,)`.
@@ -100,7 +116,8 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
         Raises:
             ValueError: If an argument is not of the form above, or asks for what this model or scheduler cannot do.
         """
-        multi_hot = self.encode_labels(class_labels, num_images)
+        compositions = self.encode_compositions(class_labels, num_images)
+        sizes = [len(composition.images) for composition in compositions]
         num_steps = self._positive("num_inference_steps", num_inference_steps, self.config.default_num_inference_steps)
         if guidance_scale is None:
             guidance_scale = 1.0 if class_labels is None else self.config.default_guidance_scale
@@ -109,33 +126,74 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
         self._check_output_type(output_type)
         if not 0 <= num_states <= num_steps:
             raise ValueError(f"`num_states` must lie between 0 and the {num_steps} steps, got {num_states}.")
-        seeds = self._image_seeds(len(multi_hot), generator, seeds)
-        chunk_size = self._positive("micro_batch_size", micro_batch_size, min(len(multi_hot), LARGEST_BATCH))
-        with self.progress_bar(total=-(-len(multi_hot) // chunk_size) * num_steps) as progress_bar:
-            *states, images = self._draw_in_chunks(
-                len(multi_hot),
-                chunk_size,
-                lambda rows: self._denoise(
-                    None if class_labels is None else multi_hot[rows],
-                    [seeds[row] for row in rows],
-                    num_steps=num_steps,
-                    guidance_scale=guidance_scale,
-                    guidance_interval=guidance_interval,
-                    num_states=num_states,
-                    callback=callback_on_step_end,
-                    on_step=progress_bar.update,
-                ),
-            )
-        *states, images = (self._to_images(part, output_type) for part in (*states, images))
+        seeds = self._image_seeds(sum(sizes), generator, seeds)
+        chunk_sizes = [self._positive("micro_batch_size", micro_batch_size, min(n, LARGEST_BATCH)) for n in sizes]
+        num_chunks = sum(-(-n // size) for n, size in zip(sizes, chunk_sizes, strict=True))
+        drawn = []
+        with self.progress_bar(total=num_chunks * num_steps) as progress_bar:
+            for composition, chunk_size in zip(compositions, chunk_sizes, strict=True):
+                drawn.append(
+                    self._draw_in_chunks(
+                        len(composition.images),
+                        chunk_size,
+                        lambda rows, composition=composition: self._denoise(
+                            composition.of(rows),
+                            seeds,
+                            num_steps=num_steps,
+                            guidance_scale=guidance_scale,
+                            guidance_interval=guidance_interval,
+                            num_states=num_states,
+                            callback=callback_on_step_end,
+                            on_step=progress_bar.update,
+                        ),
+                    )
+                )
+        # Back from the order in which they were drawn.
+        order = torch.cat([composition.images for composition in compositions]).argsort()
+        parts = [torch.cat(part)[order] for part in zip(*drawn, strict=True)]
+        *states, images = (self._to_images(part, output_type) for part in parts)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
         return ConditionalImageOutput(images=images, seeds=seeds, states=states if num_states else None)
 
+    def encode_compositions(
+        self, class_labels: ClassLabels | None, num_images: int | None = None
+    ) -> list[Composition]:
+        """Makes what each image is composed of from any spelling that a call accepts.
+
+        Returns:
+            The images in groups of as many conditions: without `Condition` or text a single group of one condition of
+            weight 1, and for `None` with `num_images` one of no condition.
+
+        Raises:
+            ValueError: If the labels do not fit the vocabulary, or ask for what the model never saw in training.
+        """
+        if is_composed(class_labels):
+            compositions = read_compositions(class_labels, lambda labels: self.encode_labels(labels, num_images))
+            for composition in compositions:
+                if composition.needs_null and not self.unet.config.null_condition:
+                    raise ValueError(
+                        f"`class_labels[{composition.images[0]}]` must be one condition, or several whose weights sum to"
+                        " 1: this model was trained without label dropout, so it has no unconditional prediction that"
+                        " conditions could be summed around."
+                    )
+            return compositions
+        multi_hot = self.encode_labels(class_labels, num_images)
+        num_conditions = 0 if class_labels is None else 1
+        return [
+            Composition(
+                images=torch.arange(len(multi_hot)),
+                class_labels=multi_hot[None][:num_conditions],
+                weights=torch.ones(num_conditions, len(multi_hot)),
+                needs_null=num_conditions == 0,
+            )
+        ]
+
     def encode_labels(
         self, class_labels: Sequence[Sequence[str | int]] | Tensor | np.ndarray | None, num_images: int | None = None
     ) -> Tensor:
-        """Makes the multi-hot matrix (batch, num_classes), float32, of labels in any spelling that a call accepts.
+        """Makes the multi-hot matrix (batch, num_classes), float32, of labels that are one condition an image.
 
         `None` with `num_images` gives that many rows of zeros, which a call ignores.
 
@@ -169,7 +227,7 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
 
     def _denoise(
         self,
-        multi_hot: Tensor | None,
+        composition: Composition,
         seeds: list[int],
         *,
         num_steps: int,
@@ -179,9 +237,9 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
         callback: Callable | None,
         on_step: Callable[[], Any],
     ) -> list[Tensor]:
-        """Draws one chunk and returns `num_states` states and the result, in the standardized space, on the CPU."""
+        """Draws one chunk of the images that have `seeds`, and returns `num_states` states and the result, on the CPU."""
         device, dtype = self._execution_device, next(self.unet.parameters()).dtype
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seeds[image]) for image in composition.images]
         self.scheduler.set_timesteps(num_steps, device=device)
         timesteps = self.scheduler.timesteps
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -193,8 +251,7 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
         # The state stays in float32 whatever the weights' dtype: half precision would round it at every step.
         sample = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        if multi_hot is not None:
-            multi_hot = multi_hot.to(device, dtype)
+        composition = composition.to(device, dtype)
         states = []
         for i, t in enumerate(timesteps):
             scaled = sample
@@ -204,15 +261,7 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
                 states.append(self.unet.unstandardize(scaled).cpu())
 
             in_interval = guidance_interval[0] <= i / len(timesteps) < guidance_interval[1]
-            if guidance_scale != 1.0 and in_interval:
-                null_mask = torch.arange(2 * len(sample), device=device) >= len(sample)
-                both = self.unet(
-                    torch.cat([scaled, scaled]).to(dtype), t, torch.cat([multi_hot, multi_hot]), null_mask
-                )
-                conditional, unconditional = both.sample.float().chunk(2)
-                prediction = torch.lerp(unconditional, conditional, guidance_scale)
-            else:
-                prediction = self.unet(scaled.to(dtype), t, multi_hot).sample.float()
+            prediction = self._predict(scaled.to(dtype), t, composition, guidance_scale if in_interval else 1.0)
             sample = self.scheduler.step(prediction, t, sample, **step_kwargs).prev_sample
 
             if callback is not None:
@@ -222,6 +271,15 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
             if (i + 1) * num_steps // len(timesteps) > i * num_steps // len(timesteps):
                 on_step()
         return [*states, self.unet.unstandardize(sample).cpu()]
+
+    def _predict(self, sample: Tensor, t: Tensor, composition: Composition, guidance_scale: float) -> Tensor:
+        """Makes the prediction that a step follows, float32 (B, C, H, W), by one call of the network."""
+        class_labels, null_mask = composition.rows(with_null=composition.needs_null or guidance_scale != 1.0)
+        num_rows = len(class_labels) // len(sample)
+        predictions = self.unet(torch.cat([sample] * num_rows), t, class_labels, null_mask).sample.float()
+        predictions = predictions.unflatten(0, (num_rows, len(sample)))
+        composed = composition.sum(predictions)
+        return composed if guidance_scale == 1.0 else torch.lerp(predictions[-1], composed, guidance_scale)
 
     def _check_guidance(
         self, class_labels: object, guidance_scale: float, guidance_interval: tuple[float, float]
