@@ -25,6 +25,12 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="type of the weights"
     )
+    parser.add_argument(
+        "--backend",
+        choices=("torch", "onnx"),
+        default="torch",
+        help="what runs the network; onnx takes all steps of a diffusion model in one graph on the CPU",
+    )
     parser.add_argument("--device", default=None, help="such as cpu or cuda; by default the best one there is")
 
 
@@ -37,8 +43,10 @@ def open_pipeline(args: argparse.Namespace, device: str | torch.device | None) -
         raise ValueError(
             f"`device` must be one of this machine's, such as cpu or cuda, got {str(device)!r}: {reason}"
         ) from error
+    if args.backend == "onnx" and args.device is None:
+        device = "cpu"  # where alone it runs
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    pipeline = load_pipeline(args.pipeline, revision=args.revision, device=device, dtype=dtype)
+    pipeline = load_pipeline(args.pipeline, revision=args.revision, device=device, dtype=dtype, backend=args.backend)
     if args.scheduler is not None:
         pipeline.scheduler = make_scheduler(args.scheduler, pipeline)
     return pipeline

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("iclevr-diffusion", "torch", "diffusers", "accelerate", "transformers", "datasets", "numpy")
+PACKAGES = ("iclevr-diffusion", "torch", "diffusers", "accelerate", "transformers", "datasets", "numpy", "onnxruntime")
 
 
 def describe_environment(device: torch.device, num_processes: int = 1) -> dict[str, Any]:

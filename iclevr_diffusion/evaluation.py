@@ -64,7 +64,7 @@ def image_seed(protocol: str, labels: Sequence[str], replicate: int, occurrence:
     """Gives the seed of one image of an evaluation: the same for any batch, order or number of processes.
 
     Args:
-        protocol: Name of the protocol.
+        protocol: Name of the protocol, or of the one that it is seeded as.
         labels: The condition, in any order.
         replicate: Which image of the condition it is, from 0.
         occurrence: How often the protocol had this condition before, where it has conditions several times.
@@ -296,8 +296,7 @@ class Evaluator:
                             gathered[name, judge_name] = torch.full((num_images, found.shape[1]), torch.nan)
                         gathered[name, judge_name][there] = found[here]
             for name, (here, there) in rows.items():
-                is_fixed = self.protocols[name].resampled == "replicates" and self.protocols[name].prompts is None
-                if is_fixed or name == MATCHED:
+                if self.protocols[name].resampled == "replicates" or name == MATCHED:
                     shape = (len(self.protocols[name]) * self.num_seeds[name], *images.shape[1:])
                     pixel_values.setdefault(name, np.empty(shape, np.uint8))[there] = images[here]
         readings = {
@@ -420,6 +419,8 @@ class Evaluator:
             self._call([labels] * num_images, list(range(num_images)), micro_batch_size=num_images)
 
         cost = measure_cost(draw, self._networks, batch_size=self.micro_batch_size)
+        if (num_calls := getattr(self.pipeline, "network_calls_per_image", None)) is not None:  # in a graph, unseen here
+            cost["network_calls_per_image"] = num_calls
         return cost | {
             "machine": self._environment["machine"],
             "device": self.pipeline.device.type,

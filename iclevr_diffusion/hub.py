@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -81,6 +81,7 @@ def load_pipeline(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    backend: Literal["torch", "onnx"] = "torch",
 ) -> LabelledPipeline:
     """Opens a pipeline from a training folder, a published folder or a hub, without running any code that lies there.
 
@@ -92,11 +93,16 @@ def load_pipeline(
         revision: Branch, tag or commit of a hub's model.
         device: Where to put the weights; the CPU if not given.
         dtype: What to turn the weights into; float32 if not given, whatever they are stored as.
+        backend: What runs a diffusion model's network: `torch`, or `onnx` for ONNX Runtime, which takes all steps in
+            one graph on the CPU, see `OnnxDDPMPipeline`.
 
     Raises:
-        ValueError: If there is no such model, or the folder is not whole, holds pickled weights, or asks for a class
-            that is not this package's.
+        ValueError: If there is no such model, or the folder is not whole, holds pickled weights, asks for a class that
+            is not this package's, or for what the backend cannot do.
+        ImportError: If a package that the backend takes is missing.
     """
+    if backend not in ("torch", "onnx"):
+        raise ValueError(f'`backend` must be "torch" or "onnx", got {backend!r}.')
     folder = _find_folder(path_or_repo, revision)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
@@ -120,7 +126,13 @@ def load_pipeline(
         arguments[name] = _load_component(folder / name, class_name, index_file, dtype or torch.float32)
     pipeline = pipeline_class(**arguments)
     pipeline.register_to_config(_name_or_path=str(path_or_repo or DEFAULT_PIPELINE))
-    return pipeline if device is None else pipeline.to(device)
+    if device is not None:
+        pipeline.to(device)
+    if backend == "onnx":
+        from iclevr_diffusion.onnx_backend import OnnxDDPMPipeline  # here, as it is slow to import
+
+        return OnnxDDPMPipeline.from_torch(pipeline)
+    return pipeline
 
 
 def training_facts(path_or_repo: str | Path | None = None, *, revision: str | None = None) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def test_every_imported_package_is_a_declared_dependency(folder):
     declared = set(requirements(requires("iclevr_diffusion")))
     # Imported where they are used, with an error that names the extra.
     optional = {"matplotlib": "eval", "sklearn": "digits", "torch_fidelity": "fid"}
+    optional |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx")
     for name, extra in optional.items():
         name = {"sklearn": "scikit-learn"}.get(name, name)
         assert canonicalize_name(name) in requirements(requires("iclevr_diffusion"), extra=extra)
@@ -58,7 +59,7 @@ def test_every_imported_package_is_a_declared_dependency(folder):
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
-@pytest.mark.parametrize("extra", ["", "dev", "digits", "eval", "test", "tracking"])
+@pytest.mark.parametrize("extra", ["", "dev", "digits", "eval", "onnx", "test", "tracking"])
 def test_the_constraints_pin_every_dependency_within_its_bounds(python, extra):
     lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = requirements([line for line in lines if not line.startswith("#")], python)
