@@ -419,7 +419,8 @@ class Evaluator:
             self._call([labels] * num_images, list(range(num_images)), micro_batch_size=num_images)
 
         cost = measure_cost(draw, self._networks, batch_size=self.micro_batch_size)
-        if (num_calls := getattr(self.pipeline, "network_calls_per_image", None)) is not None:  # in a graph, unseen here
+        # Calls in a graph are unseen by hooks.
+        if (num_calls := getattr(self.pipeline, "network_calls_per_image", None)) is not None:
             cost["network_calls_per_image"] = num_calls
         return cost | {
             "machine": self._environment["machine"],
@@ -494,6 +495,11 @@ class Evaluator:
             return
         if self.best_of < 2:
             raise ValueError(f"`best_of` must be at least 2, got {self.best_of}; leave it out to pick none.")
+        if set(self.protocols) == {MATCHED}:
+            raise ValueError(
+                f"`best_of` must be left out where {MATCHED!r} is drawn alone, of which nothing is picked, got"
+                f" {self.best_of}; add another protocol."
+            )
         if not hasattr(self.pipeline, "encode_compositions") or not self.pipeline.unet.config.null_condition:
             raise ValueError(
                 f"`best_of` must be left out, got {self.best_of}: it compares denoising losses with and without labels,"

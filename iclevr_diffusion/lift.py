@@ -22,11 +22,12 @@ def measure_lift(
     """Measures how much better images are denoised with their labels than without them.
 
     The lift of an image x under a condition c is the mean over times t and noise of
-    `|target - f(x_t, t)|^2 - |target - f(x_t, t, c)|^2`, with the network f and what it was trained to predict. It
-    rises and falls with log p(x | c) - log p(x), as in *Improving Compositional Generation with Diffusion Models Using Lift
-    Scores* (Yu et al., 2025, https://arxiv.org/abs/2505.13740). As all conditions of an image are to hold, its lift is the
-    least one, and that of a negated condition counts with the other sign. Times are the middles of `num_draws` equal
-    parts of [0, 1], and the noise at each is the same for all images, so that images can be compared.
+    `|target - f(x_t, t)|^2 - |target - f(x_t, t, c)|^2`, with the network f and the target it was trained to predict. In
+    *Improving Compositional Generation with Diffusion Models Using Lift Scores* (Yu and Gao, 2025,
+    https://arxiv.org/abs/2505.13740) the target is the noise, and the lift an estimate of log p(x | c) - log p(x); any
+    other target weighs the times otherwise. As all conditions of an image are to hold, its lift is the least one, and
+    that of a negated condition counts with the other sign; their weights do not count. Times are the middles of
+    `num_draws` equal parts of [0, 1], and the noise at each is the same for all images, so that images can be compared.
 
     Args:
         pipeline: The pipeline that drew them, of a network with a null condition.
@@ -48,18 +49,18 @@ def measure_lift(
         for rows in torch.arange(len(group.images)).split(batch_size):
             chunk = group.of(rows).to(device, dtype)
             class_labels, null_mask = chunk.rows(with_null=True)
+            num_rows = len(chunk.weights) + 1
             x_0 = unet.standardize(torch.from_numpy(pixel_values[chunk.images.numpy()]).to(device) / 127.5 - 1)
             signed = torch.zeros(len(chunk.weights), len(rows), device=device)
             for time, noise in zip(times, noises, strict=True):
                 timesteps, alpha, sigma = noise_levels(time.to(device).expand(len(rows)), alphas_cumprod)
                 noise = noise.to(device).expand_as(x_0)
                 x_t = add_noise(x_0, noise, alpha, sigma).to(dtype)
-                num_calls = len(chunk.weights) + 1
                 prediction = unet(
-                    torch.cat([x_t] * num_calls), timesteps.repeat(num_calls), class_labels, null_mask
-                ).sample.float()
+                    torch.cat([x_t] * num_rows), timesteps.repeat(num_rows), class_labels, null_mask
+                ).sample
                 target = training_target(unet.config.prediction_type, x_0, noise, alpha, sigma)
-                losses = (prediction.unflatten(0, (num_calls, -1)) - target).square().flatten(2).mean(dim=2)
+                losses = (prediction.float().unflatten(0, (num_rows, -1)) - target).square().flatten(2).mean(dim=2)
                 signed += chunk.weights.sign() * (losses[-1] - losses[:-1])
             lifts[chunk.images] = (signed / num_draws).amin(dim=0).cpu()
     return lifts

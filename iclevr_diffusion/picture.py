@@ -118,7 +118,7 @@ def _noise_images(pipeline: DiffusionPipeline, args: argparse.Namespace) -> list
 
 def _label_lists(
     args: argparse.Namespace, pipeline: DiffusionPipeline, default: list[list[str]] | None = None
-) -> list[list[str]] | None:
+) -> list[list[str] | str] | None:
     """Gives the label sets asked for; `default` if there are none, and None for a pipeline without labels."""
     asked = args.prompts or args.prompt_file
     if getattr(pipeline, "vocabulary", None) is None:

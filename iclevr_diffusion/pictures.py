@@ -16,7 +16,7 @@ import iclevr_diffusion
 from iclevr_diffusion.call_options import call_options, request_lines, takes
 from iclevr_diffusion.images import make_grid, make_strip, make_table, save_gif, save_png
 
-LabelLists = Sequence[Sequence[str]]
+LabelLists = Sequence[str | Sequence[str]]  # text as for `parse_prompt`, or labels
 
 FRAME_MILLISECONDS = 80
 

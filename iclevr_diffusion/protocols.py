@@ -15,18 +15,7 @@ from typing import Literal
 from iclevr_diffusion.data import ImageStore
 from iclevr_diffusion.labels import ASSETS, LabelVocabulary, read_label_lists
 
-PROTOCOLS = (
-    "test",
-    "new_test",
-    "held-out",
-    "all",
-    "unseen",
-    "crowded",
-    "composed",
-    "composed-test",
-    "negated",
-    "unnegated",
-)
+PROTOCOLS = ("test", "new_test", "held-out", "all", "unseen", "crowded", "composed", "negated", "unnegated")
 MATCHED = "matched"  # by `matched_protocol`, as it needs images
 
 _MAX_CONDITIONS = 100_000  # of `all`: 84 labels; at 30 images each, already three million images
@@ -90,11 +79,12 @@ def open_protocol(
     - `unseen`: those of `all` that no training image shows.
     - `crowded`: up to 100 sets of four and of five labels, more than i-CLEVR's images show, as in *Local Mechanisms of
       Compositional Generalization in Conditional Diffusion* (Bradley, 2025, https://arxiv.org/abs/2509.16447).
-    - `composed`, `composed-test`: the sets of `crowded` and of `test`, each label a condition of its own, joined by AND
-      as in *Compositional Visual Generation with Composable Diffusion Models* (Liu et al., 2022,
-      https://arxiv.org/abs/2206.01714), from the same seeds.
-    - `negated`: up to 100 sets of one and of two labels, each with AND NOT another label; and `unnegated`: the same
-      labels from the same seeds without it, which shows what the negation changes.
+    - `composed`: the sets of `crowded` from the same seeds, each label a condition of its own, joined by AND as in
+      *Compositional Visual Generation with Composable Diffusion Models* (Liu et al., 2022,
+      https://arxiv.org/abs/2206.01714).
+    - `negated`: up to 100 sets of one and of two labels, each with AND NOT another label, one that shares a word with
+      them where there is such a one (i-CLEVR's colour or shape); and `unnegated`: the same labels from the same seeds
+      without it, which shows what the negation changes.
 
     Args:
         name_or_path: One of `PROTOCOLS`, or a file in the form of i-CLEVR's `test.json`, which gives its own name.
@@ -117,10 +107,10 @@ def open_protocol(
         conditions, resampled = _unseen_conditions(vocabulary, training_conditions), "conditions"
     elif name_or_path == "crowded":
         conditions, resampled = _crowded_conditions(vocabulary), "conditions"
-    elif name_or_path in ("composed", "composed-test"):
-        plain = open_protocol("crowded" if name_or_path == "composed" else "test", vocabulary)
-        prompts = tuple(" AND ".join(labels) for labels in plain.conditions)
-        return dataclasses.replace(plain, name=name_or_path, prompts=prompts, seeded_as=plain.name)
+    elif name_or_path == "composed":
+        crowded = open_protocol("crowded", vocabulary)
+        prompts = tuple(" AND ".join(labels) for labels in crowded.conditions)
+        return dataclasses.replace(crowded, name="composed", prompts=prompts, seeded_as="crowded")
     elif name_or_path in ("negated", "unnegated"):
         return _negated_protocol(name_or_path, vocabulary)
     else:
@@ -147,8 +137,8 @@ def _same_protocol(
     as_listed = Protocol(path.stem, tuple(map(tuple, conditions)), "conditions")  # a file can ask for labels alone
     if protocol is None or protocol.sha256 != as_listed.sha256:
         raise ValueError(
-            f"{path} must hold the conditions of the protocol {path.stem!r} in their order, and holds others; give the"
-            " file another name."
+            f"{path} must hold the conditions of the protocol {path.stem!r} in their order, and asks for something else;"
+            " give the file another name."
         )
     return protocol
 
@@ -229,19 +219,28 @@ def _crowded_conditions(vocabulary: LabelVocabulary) -> list[tuple[str, ...]]:
 
 
 def _negated_protocol(name: str, vocabulary: LabelVocabulary) -> Protocol:
-    """Takes sets of two and three labels, and of each set the label out that was negated least so far."""
+    """Negates labels that share a word with one asked for, where there are any, since these are drawn by mistake most.
+
+    Each set of one label is taken with several negations in turn, so that there are about as many as of two.
+    """
     if len(vocabulary) < 3:
         raise ValueError(
             f"The protocol `{name}` needs at least 3 labels, for sets of two and one that they must not show, got"
             f" {len(vocabulary)}; draw text of your own with iclevr-sample."
         )
     conditions, negated, num_uses = [], [], Counter()
-    for size in (2, 3):
-        for labels in _balanced_sets(vocabulary, size, _NUM_NEGATED):
-            left_out = min(labels, key=lambda label: (num_uses[label], _hash(f"{' '.join(sorted(labels))} {label}")))
-            num_uses[left_out] += 1
-            conditions.append(tuple(label for label in labels if label != left_out))
-            negated.append((left_out,))
+    for size, num_negations in ((1, 4), (2, 1)):
+        for labels in _balanced_sets(vocabulary, size, _NUM_NEGATED // num_negations):
+            words = {word for label in labels for word in label.split()}
+            order = {
+                label: (words.isdisjoint(label.split()), num_uses[label], _hash(f"{' '.join(sorted(labels))} {label}"))
+                for label in vocabulary
+                if label not in labels
+            }
+            for left_out in sorted(order, key=order.__getitem__)[:num_negations]:
+                num_uses[left_out] += 1
+                conditions.append(labels)
+                negated.append((left_out,))
     prompts = None
     if name == "negated":
         prompts = tuple(

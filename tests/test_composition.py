@@ -230,6 +230,17 @@ def test_what_is_no_composition_is_refused_by_its_place(pipeline, request_, mess
         draw(pipeline, request_, None)
 
 
+def test_labels_whose_names_hold_such_words_are_given_as_lists(pipeline):
+    names = ["rock AND roll", "NOT red", *ICLEVR_LABELS.names[2:]]
+    named = ConditionalDDPMPipeline(pipeline.unet, pipeline.scheduler, names, 3, 2.5)
+    labels = ["NOT red", "rock AND roll"]
+    plain = draw(pipeline, [[0, 1]], [7])
+    assert torch.equal(draw(named, [labels], [7]), plain)
+    assert torch.equal(draw(named, [[Condition(labels)]], [7]), plain)
+    with pytest.raises(ValueError, match="for one image write"):  # not that conditions are summed elsewhere
+        named.encode_labels("NOT red")
+
+
 def test_the_number_of_images_does_not_go_with_text(pipeline):
     with pytest.raises(ValueError, match="`num_images` goes with `class_labels=None` only"):
         pipeline("red cube", 2)

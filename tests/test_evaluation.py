@@ -716,6 +716,7 @@ def test_the_images_of_highest_lift_are_scored_apart(make_evaluator, tmp_path, m
     ("arguments", "message"),
     [
         ({"best_of": 1}, "`best_of` must be at least 2, got 1"),
+        ({"best_of": 2, "protocols": (MATCHING,)}, "`best_of` must be left out where 'matched' is drawn alone"),
         (
             {"best_of": 2, "num_seeds": 3},
             "`num_seeds` must be a multiple of `best_of` = 2 .* got 3 for the protocol first",

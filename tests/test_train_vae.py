@@ -99,10 +99,10 @@ def test_a_last_batch_of_one_validation_image_is_scored_too(train):
 
 
 def test_without_validation_images_the_run_says_that_nothing_is_scored(train, monkeypatch, capsys):
-    indices = train_vae.TrainingData.__init__
+    make = train_vae.TrainingData.__init__
 
     def without_validation_images(self, *arguments):
-        indices(self, *arguments)
+        make(self, *arguments)
         self.validation_indices = self.validation_indices[:0]
 
     monkeypatch.setattr(train_vae.TrainingData, "__init__", without_validation_images)

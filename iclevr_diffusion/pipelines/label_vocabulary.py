@@ -116,7 +116,7 @@ class LabelVocabulary:
             ValueError: For any other spelling, an unknown or repeated label, or no image at all.
         """
         if isinstance(class_labels, (str, list, tuple)):
-            _refuse_compositions(class_labels)
+            self._refuse_compositions(class_labels)
         if isinstance(class_labels, np.ndarray) and class_labels.dtype.kind not in "biuf":
             raise ValueError(
                 f"`class_labels` must hold numbers, got an array of {class_labels.dtype}; give names as lists."
@@ -188,19 +188,19 @@ class LabelVocabulary:
             for row in self._encode_array(torch.as_tensor(class_labels))
         ]
 
-
-def _refuse_compositions(class_labels: str | Sequence[Any]) -> None:
-    """Answers AND, NOT and `Condition` better than as labels that nobody knows."""
-    entries = [class_labels] if isinstance(class_labels, str) else class_labels
-    for entry in entries:
-        for part in entry if isinstance(entry, (list, tuple)) else [entry]:
-            has_words = isinstance(part, str) and not {"AND", "NOT"}.isdisjoint(part.split())
-            if has_words or (hasattr(part, "labels") and hasattr(part, "weight")):
-                raise ValueError(
-                    f"`class_labels` must ask for one condition an image here, got {_shorten(part)}; only the call of a"
-                    " diffusion pipeline sums conditions, given as text or as a list of `Condition` an image. Labels that"
-                    " an image must show together are a list: [['red cube', 'blue sphere']]."
-                )
+    def _refuse_compositions(self, class_labels: str | Sequence[Any]) -> None:
+        """Answers AND, NOT and `Condition` better than as labels that nobody knows."""
+        entries = [class_labels] if isinstance(class_labels, str) else class_labels
+        for entry in entries:
+            for part in entry if isinstance(entry, (list, tuple)) else [entry]:
+                has_words = isinstance(part, str) and not {"AND", "NOT"}.isdisjoint(part.split())
+                is_condition = hasattr(part, "labels") and hasattr(part, "weight")
+                if is_condition or (has_words and part not in self._index_of):
+                    raise ValueError(
+                        f"`class_labels` must ask for one condition an image here, got {_shorten(part)}; only the call"
+                        " of a diffusion pipeline sums conditions, given as text or as a list of `Condition` an image."
+                        " Labels that an image must show together are a list: [['red cube', 'blue sphere']]."
+                    )
 
 
 def _shorten(value: object) -> str:
