@@ -1,12 +1,13 @@
 """Compares two evaluations image by image: a student with its teacher, another sampler, other weights.
 
-    iclevr-evaluate --pipeline TEACHER --protocols all test --out outputs/teacher
-    iclevr-evaluate --pipeline STUDENT --protocols all test --out outputs/student
+    iclevr-evaluate --pipeline TEACHER --protocols all matched --out outputs/teacher
+    iclevr-evaluate --pipeline STUDENT --protocols all matched --out outputs/student
     python benchmarks/differences.py outputs/student outputs/teacher --out benchmarks/results/student.json
 
 Both have drawn the same labels from the same seeds, so that the intervals of their difference leave out what made a
 label set hard, or a seed lucky, for both. Written are the differences of the scores, first less second, by each judge
-that read both, for each list that both have drawn equally often, and the quotient of their diversity.
+that read both, for each list that both have drawn equally often, and the quotient of their diversity, for which both
+must have drawn the same lists, `matched` among them.
 """
 
 import argparse
@@ -28,13 +29,15 @@ from iclevr_diffusion.files import write_text
 from iclevr_diffusion.scores import INTERVAL, score_difference
 
 
-def read_logits(folder: Path, protocol: str, judge: str) -> tuple[Tensor, list[list[str]], list[int]]:
+def read_logits(
+    folder: Path, protocol: str, judge: str, num_replicates: int
+) -> tuple[Tensor, list[list[str]], list[int]]:
     """Reads a judge's outputs (num_conditions, num_replicates, num_classes), the labels of each condition, all seeds."""
     table = pq.read_table(folder / "records.parquet", columns=["protocol", "labels", "seed", f"logits {judge}"])
     table = table.filter(pc.equal(table["protocol"], protocol))
     logits = torch.tensor(table[f"logits {judge}"].to_pylist())
-    replicates = json.loads((folder / "results.json").read_text())["protocols"][protocol]["num_replicates"]
-    return logits.unflatten(0, (-1, replicates)), table["labels"].to_pylist()[::replicates], table["seed"].to_pylist()
+    labels = table["labels"].to_pylist()[::num_replicates]
+    return logits.unflatten(0, (-1, num_replicates)), labels, table["seed"].to_pylist()
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
@@ -49,11 +52,8 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (first, second))
     if ours["pipeline"]["label_names"] != theirs["pipeline"]["label_names"]:
         raise ValueError(f"{first} and {second} must be of pipelines with the same labels.")
-    vocabulary = LabelVocabulary(ours["pipeline"]["label_names"])
-    hashes = [
-        {name: of["weights_sha256"] for name, of in part["settings"]["judges"].items()} for part in (ours, theirs)
-    ]
-    judges = [name for name, value in hashes[0].items() if hashes[1].get(name) == value]
+    # Of the same weights and threshold.
+    judges = [name for name, of in ours["settings"]["judges"].items() if theirs["settings"]["judges"].get(name) == of]
     same = ("sha256", "num_replicates")
     protocols = [
         name
@@ -62,12 +62,14 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     ]
     if not judges or not protocols:
         raise ValueError(f"{first} and {second} must share a judge and a list that both have drawn equally often.")
+    vocabulary = LabelVocabulary(ours["pipeline"]["label_names"])
     differences: dict[str, Any] = {}
     for protocol in protocols:
-        differences[protocol] = {"num_images": ours["protocols"][protocol]["num_images"], "judges": {}}
+        drawn = ours["protocols"][protocol]
+        differences[protocol] = {"num_images": drawn["num_images"], "judges": {}}
         for judge in judges:
-            logits, labels, seeds = read_logits(first, protocol, judge)
-            other_logits, _, other_seeds = read_logits(second, protocol, judge)
+            logits, labels, seeds = read_logits(first, protocol, judge, drawn["num_replicates"])
+            other_logits, _, other_seeds = read_logits(second, protocol, judge, drawn["num_replicates"])
             if seeds != other_seeds:
                 raise ValueError(f"{first} and {second} must have drawn {protocol} from the same seeds.")
             differences[protocol]["judges"][judge] = score_difference(
@@ -75,13 +77,26 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
                 other_logits,
                 vocabulary.encode(labels),
                 threshold=ours["settings"]["judges"][judge]["threshold"],
-                resampled=ours["protocols"][protocol]["resampled"],
+                resampled=drawn["resampled"],
             )
-    result = {"first": _describe(ours), "second": _describe(theirs), "differences": differences}
-    diversities = [(part.get("distribution") or {}).get("diversity", {}).get("pixels", {}) for part in (ours, theirs)]
-    if all(diversities):
-        result["quotient_of_diversity"] = diversities[0]["value"] / diversities[1]["value"]
-    return result
+    (diversity, measured_on), (other_diversity, also_measured_on) = _diversity(ours), _diversity(theirs)
+    quotient = None
+    if measured_on == also_measured_on and diversity is not None and other_diversity:
+        quotient = diversity / other_diversity
+    return {
+        "first": _describe(ours),
+        "second": _describe(theirs),
+        "differences": differences,
+        "quotient_of_diversity": quotient,
+    }
+
+
+def _diversity(results: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
+    """Returns how much drawn images of one condition differ in pixels, and of what images that was measured."""
+    distribution = results["distribution"]
+    measured_on = {"data_sha256": distribution.get("data_sha256")}
+    measured_on |= distribution.get("diversity", {}).get("pixels", {})
+    return measured_on.pop("value", None), measured_on
 
 
 def _describe(results: dict[str, Any]) -> dict[str, Any]:
@@ -115,13 +130,13 @@ def main() -> None:
         for judge, scores in of["judges"].items():
             top_k, exact = (_format(scores[name]) for name in ("top_k", "exact_match"))
             print(f"{protocol}, {judge}, {of['num_images']} images: top-k {top_k}, exact match {exact}")
-    if "quotient_of_diversity" in result:
-        print(f"diversity: {result['quotient_of_diversity']:.3f} times the second's")
+    quotient = result["quotient_of_diversity"]
+    print("diversity: " + ("not measured alike" if quotient is None else f"{quotient:.3f} times the second's"))
     if arguments.out is not None:
         result |= {
             "interval": INTERVAL,
             "command": shlex.join(["python", *sys.argv]),
-            "environment": describe_environment("cpu"),
+            "environment": describe_environment(torch.device("cpu")),
             "date": datetime.date.today().isoformat(),
         }
         write_text(arguments.out, json.dumps(result, indent=2) + "\n")

@@ -48,7 +48,7 @@ from diffusers import (
 )
 from PIL import Image
 from torch import Tensor
-from yardstick import Yardstick, format_score, paired_difference
+from yardstick import Yardstick, format_score
 
 from iclevr_diffusion import load_pipeline
 from iclevr_diffusion.call_options import call_options, takes
@@ -59,7 +59,7 @@ from iclevr_diffusion.hub import training_facts
 from iclevr_diffusion.images import make_table, save_png
 from iclevr_diffusion.judging import load_judge, weights_sha256
 from iclevr_diffusion.rendering import render_dataset
-from iclevr_diffusion.scores import top_k_hits
+from iclevr_diffusion.scores import score_difference, top_k_hits
 
 SCHEMA_VERSION = 1
 SAMPLERS = ("euler", "euler-even", "heun", "dpm-solver++", "unipc")
@@ -231,8 +231,7 @@ class FewCalls:
         intervals: Sequence[tuple[float, float]],
     ) -> list[Point]:
         """Lists what is to be drawn of this pipeline: as it ships first, the slow sampler last."""
-        own_steps = self._defaults.get("num_inference_steps", 1)
-        if not steps or own_steps < min(steps):
+        if self._defaults.get("num_inference_steps", 0) < min(steps):
             return [Point(SHIPPED)]
         is_flow = self.pipeline.unet.config.prediction_type == "flow"
         ways = [Point(*way) for way in itertools.product(samplers, steps, guidance, intervals)]
@@ -287,11 +286,12 @@ class FewCalls:
         for point in drawn:
             if point.sampler != REFERENCE:
                 measured[point] = self.yardstick.measure(drawn[point][0]) | measured[point]
-        own = measured[Point(SHIPPED)]["hits"]
+        own, class_labels = measured[Point(SHIPPED)]["logits"], self.yardstick.class_labels
         for point in [point for point in points if point in drawn]:
             record = {"name": point.name, **asdict(point), **drawn[point][1], **measured[point]}
-            if (hits := record.pop("hits", None)) is not None:
-                record["top_k_above_shipped"] = paired_difference(hits, own, self.yardstick.num_asked())
+            if (logits := record.pop("logits", None)) is not None:
+                difference = score_difference(logits, own, class_labels, resampled="conditions")
+                record["top_k_above_shipped"] = difference["top_k"]
             records.append(record)
             print(f"  {describe(record)}", flush=True)
         every = self.yardstick.images_a_condition
@@ -463,11 +463,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     arguments = parser.parse_args(argv)
-    for name in ("num_scenes", "conditions", "batch_size"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"`{name}` must be at least 1, got {getattr(arguments, name)}.")
-    if min(arguments.steps) < 1 or arguments.reference_conditions < 0:
-        parser.error("`steps` must be at least 1 and `reference_conditions` at least 0.")
+    numbers = {"num_scenes": 1, "conditions": 1, "images": 2, "batch_size": 1, "reference_conditions": 0}
+    for name, least in numbers.items():
+        if getattr(arguments, name) < least:
+            parser.error(f"`{name}` must be at least {least}, got {getattr(arguments, name)}.")
+    if min(arguments.steps) < 1:
+        parser.error(f"`steps` must be at least 1, got {min(arguments.steps)}.")
     return arguments
 
 

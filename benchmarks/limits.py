@@ -4,12 +4,12 @@
 
 Of every preset: parameters, operations of a call and of a training step, and the bytes that pass between memory and
 processor if every operation reads and writes its tensors once. Of the machine: the rate of matrix products of several
-sizes, in float32 and bfloat16, that of a large convolution (some libraries need fewer multiplications for it than are
-counted, so that it can lie above), and the rate at which memory is copied. Then the rates of the costliest
-convolutions, beside a matrix product of as many operations; of a call (no gradients); and of a training step
-(forward, backward, clipping, AdamW, averaged weights; bfloat16 under autocast), each as a share of the machine's best
-rate in that precision. A profile says on what kinds of operations a step and a call spend their time. All of it is as
-PyTorch has it by default, before any cure; `training_speed.py` measures the cures.
+sizes, in float32 and bfloat16, that of a large convolution, and the rate at which memory is copied. A convolution can
+lie above: some libraries need fewer multiplications for it than are counted, and GPUs round its float32 factors to
+TF32. Then the rates of the costliest convolutions, beside a matrix product of as many operations; of a call (no
+gradients); and of a training step (forward, backward, clipping, AdamW, averaged weights; bfloat16 under autocast), each
+as a share of the machine's best rate in that precision. A profile says on what kinds of operations a step and a call
+spend their time. All of it is as PyTorch has it by default, before any cure; `training_speed.py` measures the cures.
 
 Operations are counted as two a multiplication with its addition, of convolutions and matrix products alone. A preset
 that is measured is not measured again, so that the same command goes on where it was stopped.
@@ -198,6 +198,7 @@ def measure_machine(device: torch.device, seconds: float) -> dict[str, Any]:
 def costliest_convolutions(preset: str) -> list[dict[str, Any]]:
     """Lists the shapes of convolutions that take most of the operations of a call, largest first."""
     network, inputs = make_network(preset, "meta"), make_inputs(1, "meta")
+    total = count_operations(network, inputs)
     operations: Counter[tuple[int, ...]] = Counter()
 
     def note(module: nn.Conv2d, args: tuple[Tensor], output: Tensor) -> None:
@@ -211,7 +212,6 @@ def costliest_convolutions(preset: str) -> list[dict[str, Any]]:
     with torch.no_grad():
         network(*inputs)
     names = ("kernel_size", "stride", "in_channels", "out_channels", "input_size", "output_size")
-    total = count_operations(make_network(preset, "meta"), inputs)
     return [
         {**dict(zip(names, shape, strict=True)), "share_of_operations": number / total}
         for shape, number in operations.most_common(NUM_CONVOLUTIONS)
@@ -237,7 +237,7 @@ def measure_convolution(
 
 
 class TrainingStep:
-    """The two halves of a step of train_ddpm.py on one batch that never changes: what is left out is loading.
+    """The two halves of a step like those of train_ddpm.py, on one batch of images and noise that never changes.
 
     Args:
         network: The network, in float32.
@@ -319,16 +319,10 @@ def measure_preset(
             call = lambda network=network, inputs=inputs: network(*inputs)  # noqa: E731
             duration = median_seconds(call, device, seconds)
             rate = size * counts["gigaflop_a_call"] / duration
-            least = size * counts["gigaflop_a_call"] / best[name]
             sampling[name][str(size)] = {
                 "seconds_a_call": duration,
                 "gigaflop_a_second": rate,
                 "share_of_best_rate": rate / best[name],
-                "least_seconds_by_operations": least,
-                "least_seconds_by_weights": counts["megabytes_of_weights"]
-                * (dtype.itemsize / 4)
-                / 1e3
-                / machine["gigabytes_a_second"],
                 "profile": profile_run(call, device),
             }
         step = TrainingStep(make_network(preset, device), batch_size, device, mixed=name == "bfloat16")

@@ -23,9 +23,8 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,18 +32,18 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from limits import count_operations
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from yardstick import Yardstick
 
 from iclevr_diffusion import ICLEVR_LABELS, load_pipeline
+from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
 from iclevr_diffusion.data import open_store
 from iclevr_diffusion.denoiser import DenoiserConfig, make_denoiser
 from iclevr_diffusion.environment import describe_environment
 from iclevr_diffusion.files import write_text
 from iclevr_diffusion.images import make_strip, make_table, save_png
-from iclevr_diffusion.judging import load_judge
+from iclevr_diffusion.judging import load_judge, weights_sha256
 from iclevr_diffusion.rendering import render_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -53,7 +52,6 @@ RESOLUTION, MAX_OBJECTS = 32, 2
 NUM_SCENES, NUM_OTHER_SCENES = 2000, 1000  # to train on, and to compare with
 TRIAL_STEPS = 30
 SMOOTHED = 10  # the trial's last steps, by which its speed is told
-BACKWARD = 2  # a step's way back takes twice the operations of its way forth
 # Which way is better.
 METRICS = {"top_k": 1, "exact_match": 1, "kernel_distance": -1, "frechet_distance": -1, "diversity": 1}
 RANKED_BY = ("top_k", "kernel_distance", "frechet_distance")
@@ -73,8 +71,8 @@ class Variant:
 
     name: str
     recipe: dict[str, Any]
-    call: dict[str, Any] = field(default_factory=dict)
-    trained_as: str = ""
+    call: dict[str, Any]
+    trained_as: str
 
 
 def read_variants(path: Path) -> dict[str, Variant]:
@@ -119,15 +117,11 @@ def images_a_step(recipe: Mapping[str, Any]) -> int:
 
 def count_flop(recipe: Mapping[str, Any]) -> int:
     """Counts the operations, two for each multiplication and its sum, of the network in one step, there and back."""
-    has_null = recipe.get("label_dropout", 0.1) > 0
-    network = make_denoiser(
-        network_config(recipe), len(ICLEVR_LABELS), 3, null_condition=has_null, empty_condition=False
-    )
-    sample, labels = torch.zeros(1, 3, RESOLUTION, RESOLUTION), torch.zeros(1, len(ICLEVR_LABELS))
-    # In this one of its ways attention consists of matrix products, which are counted on every device.
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        network(sample, torch.zeros(1), labels)
-    return (1 + BACKWARD) * counter.get_total_flops() * images_a_step(recipe)
+    num_classes, has_null = len(ICLEVR_LABELS), recipe.get("label_dropout", 0.1) > 0
+    with torch.device("meta"):
+        network = make_denoiser(network_config(recipe), num_classes, 3, null_condition=has_null, empty_condition=False)
+        inputs = (torch.zeros(1, 3, RESOLUTION, RESOLUTION), torch.zeros(1), torch.zeros(1, num_classes))
+    return count_operations(network, inputs, backward=True) * images_a_step(recipe)
 
 
 class Sweep:
@@ -167,7 +161,7 @@ class Sweep:
             num_conditions=num_conditions,
             images_a_condition=images_a_condition,
         )
-        measure = [judge, others.sha256, num_conditions, images_a_condition]
+        measure = [weights_sha256(self.yardstick.judge), others.sha256, num_conditions, images_a_condition]
         self._measure = hashlib.sha256(json.dumps(measure).encode()).hexdigest()[:8]
 
     def record(self, name: str, seed: int, *, run: bool = True) -> dict[str, Any] | None:
@@ -186,10 +180,10 @@ class Sweep:
                 return None
             num_steps = self._num_steps(variant)
             if not (folder / "trained.json").exists():
-                begin = time.perf_counter()
                 self._train(folder, variant.recipe, seed, num_steps)
-                seconds = round(time.perf_counter() - begin, 1)
-                write_text(folder / "trained.json", json.dumps({"seconds": seconds}) + "\n")
+                # In the training loop, in all launches together.
+                seconds = read_manifest(newest_checkpoint(folder / "checkpoints"))["facts"]["seconds"]
+                write_text(folder / "trained.json", json.dumps({"seconds": round(seconds, 1)}) + "\n")
             pixel_values = self._draw(variant, folder)
             measures = self.yardstick.measure(pixel_values)
             record = {metric: _value(measures[metric]) for metric in METRICS}
@@ -286,7 +280,7 @@ def _value(measure: Any) -> float | None:  # noqa: ANN401 -- a number, or a scor
     return measure["value"] if isinstance(measure, dict) else measure
 
 
-def summarize(records: Mapping[str, Mapping[int, Mapping[str, Any]]], base: str = "base") -> list[dict[str, Any]]:
+def summarize(records: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Puts the seeds of each variant together and ranks the variants, those of the most seeds first.
 
     Returns:
@@ -294,12 +288,12 @@ def summarize(records: Mapping[str, Mapping[int, Mapping[str, Any]]], base: str 
         seeds that `base` has too, the mean difference from it and in how many seeds it is better; and its ranks among
         those with as many seeds as any has. Sorted by the rank in top-k.
     """
-    rows = []
+    rows, base = [], records.get("base", {})
     for name, runs in records.items():
         if not runs:
             continue
         row: dict[str, Any] = {"variant": name, "seeds": sorted(runs), "measures": {}, "ranks": {}}
-        shared = [seed for seed in row["seeds"] if seed in records.get(base, {}) and name != base]
+        shared = [seed for seed in row["seeds"] if seed in base and name != "base"]
         for metric, sign in METRICS.items():
             values = [runs[seed][metric] for seed in row["seeds"]]
             measure: dict[str, Any] = {"values": values, "mean": None, "deviation": None}
@@ -307,9 +301,7 @@ def summarize(records: Mapping[str, Mapping[int, Mapping[str, Any]]], base: str 
                 measure["mean"] = statistics.fmean(values)
                 measure["deviation"] = statistics.stdev(values) if len(values) > 1 else None
                 differences = [
-                    runs[seed][metric] - records[base][seed][metric]
-                    for seed in shared
-                    if records[base][seed][metric] is not None
+                    runs[seed][metric] - base[seed][metric] for seed in shared if base[seed][metric] is not None
                 ]
                 if differences:
                     measure["above_base"] = statistics.fmean(differences)

@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor
 from limits import count_operations, make_inputs, make_network, product_rate, start_record
 from loading import PngDataset
 from torch import Tensor, nn
@@ -39,11 +38,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from iclevr_diffusion.data import BatchLoader, IclevrFolder, ImageStore, normalize, open_store
+from iclevr_diffusion.denoiser import choose_attention
 from iclevr_diffusion.diffusion import add_noise, noise_levels, sample_times, training_target
 from iclevr_diffusion.environment import describe_environment
 from iclevr_diffusion.files import write_text
 from iclevr_diffusion.models.unet_multilabel import PRESETS
 from iclevr_diffusion.rendering import render_dataset
+from iclevr_diffusion.training import hold_process_group
 
 PLAIN = "plain loop"
 RUNGS = {
@@ -88,9 +89,7 @@ class Loop:
         torch.manual_seed(0)
         network = make_network(preset, self.device).train()
         if "attention by products" in rungs:
-            for module in network.modules():
-                if isinstance(module, Attention):
-                    module.set_processor(AttnProcessor())
+            choose_attention(network, self.device, "bf16")
         if "channels last" in rungs:
             network.to(memory_format=torch.channels_last)
         if "compiled" in rungs:
@@ -256,6 +255,7 @@ def train_together(
     torch.distributed.init_process_group(
         "gloo", init_method=Path(folder, "group").as_uri(), rank=process, world_size=num_processes
     )
+    hold_process_group()
     store = ImageStore(images)
     place = {"num_processes": num_processes, "process_index": process}
     loader = BatchLoader(store, store.indices("train"), batch_size, seed=0, **place)

@@ -1,6 +1,6 @@
 """Measures drawn images by what a judge reads in them, and by real images of the same label sets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from iclevr_diffusion.data import ImageStore
 from iclevr_diffusion.distribution import frechet_distance, kernel_distance, relative_diversity
 from iclevr_diffusion.judging import Reading, read_images
-from iclevr_diffusion.scores import INTERVAL, score_conditions, score_images, top_k_hits
+from iclevr_diffusion.scores import score_conditions, score_images
 
 METRICS = ("top_k", "exact_match")
 
@@ -81,17 +81,17 @@ class Yardstick:
         Returns:
             Top-k and exact match with intervals, in all and by number of objects; the distances to the real images in
             the judge's features; how different images of one label set are, relative to real ones, in pixels; and for
-            `paired_difference` the number of labels found in the images of each label set.
+            `score_difference` the judge's `logits` (num_conditions, images_a_condition, num_classes).
         """
         reading = self.read(pixel_values)
+        logits = reading.logits.unflatten(0, (len(self.class_labels), self.images_a_condition))
         scores = score_conditions(
-            reading.logits.unflatten(0, (len(self.class_labels), self.images_a_condition)),
+            logits,
             self.class_labels,
             label_names=self.label_names,
             threshold=self.judge.config.threshold,
             resampled="conditions",
         )
-        hits = top_k_hits(reading.logits, self.drawn_labels).view(len(self.class_labels), -1).sum(dim=1)
         numbers = torch.arange(len(self.class_labels)).repeat_interleave(self.images_a_condition)
         diversity = relative_diversity(_flat(self.real), self.real_numbers, _flat(pixel_values), numbers)
         return {
@@ -103,12 +103,8 @@ class Yardstick:
             "kernel_distance": kernel_distance(self.real_reading.features, reading.features),
             "frechet_distance": frechet_distance(self.real_reading.features, reading.features),
             "diversity": diversity["value"],
-            "hits": hits.tolist(),
+            "logits": logits,
         }
-
-    def num_asked(self, conditions: Sequence[int] | slice = slice(None)) -> list[int]:
-        """Returns how many labels all drawn images of each label set were asked for."""
-        return (self.class_labels[conditions].sum(dim=1) * self.images_a_condition).int().tolist()
 
     def read(self, pixel_values: np.ndarray) -> Reading:
         """Lets the judge read images, uint8 (N, 3, H, W), enlarged to its size where they have another."""
@@ -117,34 +113,6 @@ class Yardstick:
             images = F.interpolate(torch.from_numpy(pixel_values).float(), (size, size), mode="bicubic")
             pixel_values = images.round().clamp(0, 255).byte().numpy()
         return read_images(self.judge, pixel_values)
-
-
-def paired_difference(
-    ours: Sequence[float], theirs: Sequence[float], num_asked: Sequence[float]
-) -> dict[str, float | None]:
-    """Compares the top-k of two ways of drawing the same label sets from the same seeds.
-
-    What makes a label set hard, makes it so for both: the interval of the difference, whose resamples draw label sets
-    with what both found, is narrower than those of the two scores suggest.
-
-    Args:
-        ours: Labels found in the images of each label set.
-        theirs: The same of what it is compared with.
-        num_asked: Labels asked for.
-
-    Returns:
-        `value`, positive where ours found more, and the ends `low` and `high` of its interval, None for one label set.
-    """
-    found, asked = np.subtract(ours, theirs, dtype=np.float64), np.asarray(num_asked, dtype=np.float64)
-    difference: dict[str, float | None] = {"value": found.sum() / asked.sum(), "low": None, "high": None}
-    if len(found) > 1:
-        random = np.random.default_rng(INTERVAL["seed"])
-        shares = np.full(len(found), 1 / len(found))
-        weights = random.multinomial(len(found) - 1, shares, INTERVAL["num_resamples"])
-        tail = (1 - INTERVAL["level"]) / 2
-        low, high = np.quantile((weights @ found) / (weights @ asked), [tail, 1 - tail])
-        difference |= {"low": low, "high": high}
-    return {name: None if value is None else float(value) for name, value in difference.items()}
 
 
 def format_score(score: Mapping[str, float | None]) -> str:

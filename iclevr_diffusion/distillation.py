@@ -47,8 +47,9 @@ class Teacher:
     Distillation for Fast Sampling of Diffusion Models* (Salimans and Ho, 2022, https://arxiv.org/abs/2202.00512) and
     *PeRFlow: Piecewise Rectified Flow as Universal Plug-and-Play Accelerator* (Yan et al., 2024,
     https://arxiv.org/abs/2405.07510). Guidance is part of the way, as in *On Distillation of Guided Diffusion Models*
-    (Meng et al., 2023, https://arxiv.org/abs/2210.03142), so that the student needs no second call for it. Unlike
-    these, all pieces are learned at once, each from states that the teacher itself has reached; no image is needed.
+    (Meng et al., 2023, https://arxiv.org/abs/2210.03142), so that the student needs no second call for it. Unlike in
+    the first, all pieces are learned at once; unlike in any of them, each begins at a state that the teacher itself has
+    reached, so that no image is needed.
 
     Args:
         pipeline: The teacher; its scheduler is replaced.
@@ -77,10 +78,12 @@ class Teacher:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         time_shift: float,
     ) -> None:
-        if not isinstance(pipeline, ConditionalDDPMPipeline) or pipeline.unet.config.prediction_type != "flow":
+        is_diffusion = isinstance(pipeline, ConditionalDDPMPipeline)
+        if not is_diffusion or pipeline.unet.config.prediction_type != "flow":
+            predicted = f" that predicts {pipeline.unet.config.prediction_type}" if is_diffusion else ""
             raise ValueError(
                 "`teacher` must be a ConditionalDDPMPipeline that predicts a flow's velocity, got a"
-                f" {type(pipeline).__name__}; train one with `prediction_type: flow`."
+                f" {type(pipeline).__name__}{predicted}; train one with `prediction_type: flow`."
             )
         if not isinstance(pipeline.unet, MultiLabelUNet2DModel):
             raise ValueError(f"`teacher` must have a MultiLabelUNet2DModel, got a {type(pipeline.unet).__name__}.")

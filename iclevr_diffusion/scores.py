@@ -409,15 +409,20 @@ def score_difference(
         resampled: What the intervals draw again, see `score_conditions`.
 
     Returns:
-        For each score that ranks no images a mapping of `value`, the first system's less the second's, `low` and `high`.
+        For each score that ranks no images a mapping of `value`, the first system's less the second's, `low` and
+        `high`; the last two are None where those of `score_conditions` are.
     """
-    readings = [_read_list(part, class_labels, threshold) for part in (logits, other_logits)]
     if logits.shape != other_logits.shape:
         raise ValueError(
             f"`other_logits` must have the shape of `logits`, got {tuple(other_logits.shape)} and {tuple(logits.shape)}."
         )
+    if resampled not in ("replicates", "conditions"):
+        raise ValueError(f"`resampled` must be 'replicates' or 'conditions', got {resampled!r}.")
+    readings = [_read_list(part, class_labels, threshold) for part in (logits, other_logits)]
     values = [_values(reading)[0] for reading in readings]
-    weights = _resample(*logits.shape[:2], resampled, np.random.default_rng(INTERVAL["seed"]))
+    weights = None
+    if not is_quick(*logits.shape[:2]):
+        weights = _resample(*logits.shape[:2], resampled, np.random.default_rng(INTERVAL["seed"]))
     draws = [
         {} if weights is None else _measure(reading, weights.reshape(-1, weights.shape[-1]))[0] for reading in readings
     ]
@@ -459,11 +464,9 @@ def score_negation(
     scores: dict[str, Any] = {"num_images": len(present)}
     for name, mark in marks.items():
         draws = None
-        if weights is not None:  # a weight stands for as many images as there are to each
-            per_weight = len(mark) // (weights.shape[0] * weights.shape[1])
-            counts = mark.reshape(-1, per_weight).sum(axis=1).astype(np.float64)
-            flat = weights.reshape(len(counts), -1)
-            draws = counts @ flat / (per_weight * flat.sum(axis=0))
+        if weights is not None:
+            counts = weights.reshape(-1, weights.shape[-1])  # each row for as many images in succession
+            draws = mark.reshape(len(counts), -1).mean(axis=1) @ counts / counts.sum(axis=0)
         scores[name] = _estimate(name, mark.mean(), draws)
     return scores
 

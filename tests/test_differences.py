@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,17 +49,26 @@ def test_what_is_hard_for_both_drops_out_of_the_interval():
     assert (same["value"], same["low"], same["high"]) == (0.0, 0.0, 0.0)
 
 
+def test_a_list_drawn_too_few_times_has_a_difference_without_an_interval():
+    logits, class_labels = draw_logits(0, num_replicates=9)
+    others = draw_logits(1, num_replicates=9)[0]
+    difference = score_difference(logits, others, class_labels, resampled="replicates")["top_k"]
+    assert difference["value"] is not None and difference["low"] is None and difference["high"] is None
+
+
 def test_images_that_are_no_pairs_are_refused():
     logits, class_labels = draw_logits(0)
+    with pytest.raises(ValueError, match="`resampled` must be 'replicates' or 'conditions', got 'images'"):
+        score_difference(logits, logits, class_labels, resampled="images")
     with pytest.raises(ValueError, match="`other_logits` must have the shape of `logits`"):
         score_difference(logits, logits[:, :5], class_labels, resampled="replicates")
 
 
-def write_evaluation(folder, logits, class_labels, *, names=NAMES, first_seed=0, diversity=1.0):
+def write_evaluation(folder, logits, class_labels, *, names=NAMES, first_seed=0, threshold=0.0, diversity=1.0):
     folder.mkdir()
     replicates = logits.shape[1]
     labels = [[NAMES[row.argmax()]] for row in class_labels for _ in range(replicates)]
-    judge = {"weights_sha256": "1", "threshold": 0.0}
+    judge = {"weights_sha256": "1", "threshold": threshold}
     results = {
         "pipeline": {"name": folder.name, "weights_sha256": "2", "label_names": names},
         "settings": {"options": {"num_inference_steps": 4}, "judges": {"judge": judge}},
@@ -71,7 +81,7 @@ def write_evaluation(folder, logits, class_labels, *, names=NAMES, first_seed=0,
             }
         },
         "cost": {"network_calls_per_image": 4},
-        "distribution": {"diversity": {"pixels": {"value": diversity}}},
+        "distribution": {"data_sha256": "4", "diversity": {"pixels": {"value": diversity, "num_real": 20}}},
     }
     (folder / "results.json").write_text(json.dumps(results))
     columns = {
@@ -102,6 +112,7 @@ def test_two_evaluations_are_compared_image_by_image(tmp_path):
     [
         ({"names": ["x", "y", "z"]}, "must be of pipelines with the same labels"),
         ({"first_seed": 1}, "must have drawn mine from the same seeds"),
+        ({"threshold": 0.5}, "must share a judge"),
     ],
 )
 def test_evaluations_that_are_no_pairs_are_refused(tmp_path, changed, message):
@@ -119,3 +130,33 @@ def test_a_list_drawn_more_often_and_a_folder_without_an_evaluation_are_refused(
         differences.compare(first, second)
     with pytest.raises(ValueError, match="must hold results.json and records.parquet of iclevr-evaluate"):
         differences.compare(first, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        {"missing": "the protocol 'matched' was not drawn"},
+        {"data_sha256": "4", "diversity": {"pixels": {"value": None, "num_real": 20}}},
+        {"data_sha256": "4", "diversity": {"pixels": {"value": 1.0, "num_real": 30}}},
+        {"data_sha256": "5", "diversity": {"pixels": {"value": 1.0, "num_real": 20}}},
+    ],
+)
+def test_diversity_that_was_not_measured_alike_is_not_compared(tmp_path, distribution):
+    logits, class_labels = draw_logits(0)
+    folders = [write_evaluation(tmp_path / name, logits, class_labels) for name in ("first", "second")]
+    results = json.loads((folders[1] / "results.json").read_text())
+    (folders[1] / "results.json").write_text(json.dumps(results | {"distribution": distribution}))
+    assert differences.compare(*folders)["quotient_of_diversity"] is None
+
+
+def test_the_command_prints_and_writes_what_it_found(tmp_path, monkeypatch, capsys):
+    logits, class_labels = draw_logits(0)
+    folders = [write_evaluation(tmp_path / name, logits, class_labels) for name in ("first", "second")]
+    monkeypatch.setattr(sys, "argv", ["differences.py", *map(str, folders), "--out", str(tmp_path / "out.json")])
+    differences.main()
+    printed = capsys.readouterr().out
+    assert "mine, judge, 400 images: top-k +0.000 [+0.000, +0.000]" in printed
+    assert "diversity: 1.000 times the second's" in printed
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["quotient_of_diversity"] == 1
+    assert result["first"]["network_calls_per_image"] == 4 and result["environment"]["device"] == "cpu"

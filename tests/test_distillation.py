@@ -94,9 +94,9 @@ def test_a_teacher_whose_steps_do_not_fit_is_refused(pipeline, changed, message)
 
 def test_a_teacher_of_another_kind_is_refused(tiny_pipeline):
     with pytest.raises(
-        ValueError, match="`teacher` must be a ConditionalDDPMPipeline that predicts a flow's velocity"
+        ValueError, match="that predicts a flow's velocity, got a ConditionalDDPMPipeline that predicts epsilon"
     ):
-        make_teacher(tiny_pipeline)  # it predicts noise
+        make_teacher(tiny_pipeline)
     small = SmallMultiLabelUNet(num_classes=24, sample_size=16, base_channels=8, num_levels=1, prediction_type="flow")
     pipeline = ConditionalDDPMPipeline(small, FlowMatchEulerDiscreteScheduler(), list(ICLEVR_LABELS.names))
     with pytest.raises(ValueError, match="`teacher` must have a MultiLabelUNet2DModel, got a SmallMultiLabelUNet"):

@@ -3,9 +3,11 @@ import json
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from test_baselines import load_module
 from test_few_calls import NAMES, load_benchmark
 
 from iclevr_diffusion import ConditionalDDPMPipeline, MultiLabelUNet2DModel
+from iclevr_diffusion.checkpoint import save_checkpoint
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 
 sweeps = load_benchmark("sweeps")
@@ -54,6 +56,7 @@ def trained(monkeypatch):
         pipeline = ConditionalDDPMPipeline(unet, FlowMatchEulerDiscreteScheduler(shift=4.0), NAMES, 2)
         pipeline.save_pretrained(folder / "pipeline")
         (folder / "metrics.jsonl").write_text('{"step": 30, "images_per_second": 10.0}\n')
+        save_checkpoint(folder / "checkpoints", num_steps, {}, {"seconds": 60.04})
 
     monkeypatch.setattr(sweeps.Sweep, "_train", train)
     return calls
@@ -66,12 +69,16 @@ def test_a_list_of_variants_is_read(variants):
     assert [variant.trained_as for variant in variants.values()] == ["base", "wide, slow", "base"]
 
 
-def test_the_list_that_comes_along_names_networks_that_can_be_built():
+def test_the_list_that_comes_along_names_trainings_that_the_script_takes():
+    train_ddpm = load_module(sweeps.REPOSITORY / "train_scripts" / "train_ddpm.py")
     variants = sweeps.read_variants(sweeps.REPOSITORY / "benchmarks" / "sweeps.yaml")
-    costs = {name: sweeps.count_flop(variant.recipe) for name, variant in variants.items()}
-    assert costs["width 16"] < costs["base"] < costs["width 48"]
-    assert costs["patch 4"] < costs["base"] < costs["patch 1"]
-    assert costs["guidance 5"] == costs["shift 4"] == costs["base"]
+    for variant in variants.values():
+        config = train_ddpm.DDPMConfig(**variant.recipe, resolution=sweeps.RESOLUTION)
+        with torch.device("meta"):
+            sweeps.make_denoiser(config, 24, 3, null_condition=True, empty_condition=False)
+    costs = {name: sweeps.count_flop(variants[name].recipe) for name in ("width 16", "base", "patch 1", "guidance 5")}
+    assert costs["width 16"] < costs["base"] < costs["patch 1"]
+    assert costs["guidance 5"] == costs["base"]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +113,7 @@ def test_a_row_is_trained_and_measured_once_and_shared_by_other_ways_of_drawing(
     assert set(record) == {*sweeps.METRICS, "num_steps", "tflop", "seconds"}
     assert record["num_steps"] == 5
     assert record["tflop"] == pytest.approx(5 * flop / 1e12)
+    assert record["seconds"] == 60.0  # those of the run, also of one that was resumed
     assert make_sweep(tflop=5 * flop / 1e12).record("base", 0, run=False) == record
     guided = sweep.record("guided", 0)
     assert guided["kernel_distance"] != record["kernel_distance"]
