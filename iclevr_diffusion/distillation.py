@@ -1,4 +1,4 @@
-"""What a student of few steps is taught: the states that its teacher, guidance and all, passes in many more."""
+"""What a student of few steps is taught: where its teacher, guidance and all, would have gone in many more."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from iclevr_diffusion.labels import LabelVocabulary
 from iclevr_diffusion.models.unet_multilabel import MultiLabelUNet2DModel
@@ -41,31 +41,32 @@ def make_student(unet: MultiLabelUNet2DModel) -> MultiLabelUNet2DModel:
 
 
 class Teacher:
-    """A pipeline whose way from noise to image is cut into as many pieces as its student takes steps.
+    """A diffusion model whose way from noise to image is cut into as many pieces as its student takes steps.
 
     From the state at which a piece begins the student is to reach its end in one straight step, as in *Progressive
     Distillation for Fast Sampling of Diffusion Models* (Salimans and Ho, 2022, https://arxiv.org/abs/2202.00512) and
     *PeRFlow: Piecewise Rectified Flow as Universal Plug-and-Play Accelerator* (Yan et al., 2024,
     https://arxiv.org/abs/2405.07510). Guidance is part of the way, as in *On Distillation of Guided Diffusion Models*
     (Meng et al., 2023, https://arxiv.org/abs/2210.03142), so that the student needs no second call for it. Unlike in
-    the first, all pieces are learned at once; unlike in any of them, each begins at a state that the teacher itself has
-    reached, so that no image is needed.
+    these, each piece begins where the student itself has come to, and the teacher shows the way from there: so it
+    learns to mend its own errors, which else would add up, as in *A Reduction of Imitation Learning and Structured
+    Prediction to No-Regret Online Learning* (Ross et al., 2011, https://arxiv.org/abs/1011.0686). No image is needed.
 
     Args:
-        pipeline: The teacher; its scheduler is replaced.
-        num_steps: Steps that it takes, a multiple of `num_student_steps`.
+        pipeline: A pipeline around the teacher; its scheduler is not used.
+        num_steps: Steps of DPM-Solver++ that the teacher takes, a multiple of `num_student_steps`.
         num_student_steps: Steps that the student will take.
-        guidance_scale: Its guidance, see `ConditionalDDPMPipeline`.
+        guidance_scale: The teacher's guidance, see `ConditionalDDPMPipeline`.
         guidance_interval: Part of its steps in which it is guided.
         time_shift: How far the times of both are moved towards noise.
 
     Attributes:
-        pipeline: The teacher.
         sigmas: Noise levels (num_student_steps + 1,) of the states, from the first one to 0.
         timesteps: What the network is told there (num_student_steps,).
 
     Raises:
-        ValueError: If the teacher does not predict a flow's velocity, or the numbers of steps do not fit.
+        ValueError: If the teacher does not predict a flow's velocity or cannot be guided, or the numbers of steps do not
+            fit.
     """
 
     def __init__(
@@ -91,48 +92,64 @@ class Teacher:
             raise ValueError(
                 f"`teacher_steps` must be a multiple of the {num_student_steps} student's steps, got {num_steps}."
             )
-        self.pipeline = pipeline
-        self._options = {
-            "num_inference_steps": num_steps,
-            "guidance_scale": guidance_scale,
-            "guidance_interval": guidance_interval,
-        }
-        self._every = num_steps // num_student_steps
-        pipeline.scheduler = make_flow_solver(time_shift, solver_order=2)
-        pipeline.set_progress_bar_config(disable=True)
+        if guidance_scale != 1 and not pipeline.unet.config.null_condition:
+            raise ValueError(
+                f"`guidance_scale` must be 1 for this `teacher`, got {guidance_scale}: it was trained without label"
+                " dropout, so it has no unconditional prediction."
+            )
+        self._unet = pipeline.unet
+        self._num_steps, self._steps_a_piece = num_steps, num_steps // num_student_steps
+        self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
+        self._time_shift = time_shift
         times = make_flow_solver(time_shift, solver_order=1)
-        times.set_timesteps(num_student_steps)
+        times.set_timesteps(num_student_steps, device=pipeline.device)
         self.sigmas: Tensor = times.sigmas
         self.timesteps: Tensor = times.timesteps
 
-    def states(self, class_labels: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Draws images and returns the states on the way that the student is to pass too.
+    @torch.no_grad()
+    def show(self, student: nn.Module, class_labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Has a student draw and shows from each state that it comes to where the piece would have led the teacher.
 
         Args:
+            student: The student's network.
             class_labels: Multi-hot rows (B, num_classes).
-            seeds: The seed of each image.
+            seeds: The seed of each image's noise.
 
         Returns:
-            Standardized states (num_student_steps + 1, B, C, H, W), float32: the noise first, the image last.
+            The beginnings and the ends of the pieces, standardized states (num_student_steps, B, C, H, W) in float32;
+            the first beginning is the noise that a pipeline draws from the seeds.
         """
-        states = []
+        config, device = self._unet.config, class_labels.device
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        sample, starts, ends = torch.stack(noise).to(device), [], []
+        for piece, t in enumerate(self.timesteps):
+            starts.append(sample)
+            ends.append(self.advance(sample, class_labels, piece))
+            velocity = student(sample, t, class_labels).sample.float()
+            sample = sample + (self.sigmas[piece + 1] - self.sigmas[piece]) * velocity
+        return torch.stack(starts), torch.stack(ends)
 
-        def keep(pipeline: ConditionalDDPMPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
-            if (step + 1) % self._every == 0:
-                states.append(tensors["sample"])
-
-        self.pipeline(
-            class_labels,
-            seeds=seeds,
-            micro_batch_size=len(seeds),
-            output_type="pt",
-            callback_on_step_end=keep,
-            **self._options,
-        )
-        noise = torch.stack(
-            [torch.randn(states[0].shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        )
-        return torch.stack([noise.to(states[0]), *states])
+    @torch.no_grad()
+    def advance(self, sample: Tensor, class_labels: Tensor, piece: int) -> Tensor:
+        """Takes the teacher's steps of one piece, counted from 0, from a state (B, C, H, W) at its beginning."""
+        solver = make_flow_solver(self._time_shift, solver_order=2)
+        solver.set_timesteps(self._num_steps, device=sample.device)
+        first = piece * self._steps_a_piece
+        solver.set_begin_index(first)
+        start, stop = self._guidance_interval
+        null_mask = torch.arange(2 * len(sample), device=sample.device) >= len(sample)
+        both_labels = torch.cat([class_labels, class_labels])
+        for step in range(first, first + self._steps_a_piece):
+            t = solver.timesteps[step]
+            if self._guidance_scale != 1 and start <= step / self._num_steps < stop:
+                both = self._unet(torch.cat([sample, sample]), t, both_labels, null_mask).sample.float()
+                conditional, unconditional = both.chunk(2)
+                velocity = torch.lerp(unconditional, conditional, self._guidance_scale)
+            else:
+                velocity = self._unet(sample, t, class_labels).sample.float()
+            sample = solver.step(velocity, t, sample).prev_sample
+        return sample
 
 
 class Prompts:

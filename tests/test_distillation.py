@@ -36,34 +36,48 @@ def test_the_states_of_few_steps_are_among_those_of_more(multiple):
     assert few.timesteps.tolist() == more.timesteps[::multiple].tolist()
 
 
-def test_a_teachers_states_lead_from_the_noise_of_the_seeds_to_the_image_it_draws(pipeline):
-    teacher = make_teacher(pipeline)
-    states = teacher.states(CLASS_LABELS, [7, 8])
-    assert states.shape == (4, 2, 3, 16, 16) and states.dtype == torch.float32
-    assert_close(states[0, 1], torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(8)))
+def test_the_first_piece_begins_at_the_noise_of_the_seeds_and_the_others_where_the_student_has_come_to(pipeline):
+    teacher, student = make_teacher(pipeline), make_student(pipeline.unet).eval()
+    starts, ends = teacher.show(student, CLASS_LABELS, [7, 8])
+    assert starts.shape == ends.shape == (3, 2, 3, 16, 16) and starts.dtype == torch.float32
+    assert_close(starts[0, 1], torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(8)))
+    drawn, states = ConditionalDDPMPipeline(student, make_flow_solver(4.0, 1), list(ICLEVR_LABELS.names), 3, 1.0), []
+    drawn(CLASS_LABELS, seeds=[7, 8], callback_on_step_end=lambda *arguments: states.append(arguments[3]["sample"]))
+    for start, state in zip(starts[1:], states, strict=False):
+        assert_close(start, state, rtol=1e-4, atol=1e-4)
+    for piece in range(3):
+        assert_close(ends[piece], teacher.advance(starts[piece], CLASS_LABELS, piece))
+
+
+def test_a_teacher_of_one_piece_draws_what_its_pipeline_does(pipeline):
+    _, ends = make_teacher(pipeline, num_student_steps=1).show(pipeline.unet, CLASS_LABELS, [7, 8])
+    pipeline.scheduler = make_flow_solver(4.0, 2)
     options = {"num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "pt"}
     drawn = pipeline(CLASS_LABELS, seeds=[7, 8], micro_batch_size=2, **options).images
-    assert_close((pipeline.unet.unstandardize(states[-1]) / 2 + 0.5).clamp(0, 1), drawn)
+    assert_close((pipeline.unet.unstandardize(ends[0]) / 2 + 0.5).clamp(0, 1), drawn)
 
 
 def test_guidance_is_part_of_the_way_and_only_where_the_interval_says_so(pipeline):
-    plain = make_teacher(pipeline, guidance_scale=1.0).states(CLASS_LABELS, [7, 8])
-    late = make_teacher(pipeline, guidance_interval=(0.5, 1.0)).states(CLASS_LABELS, [7, 8])
-    assert_close(late[1], plain[1])
-    assert not torch.allclose(late[2], plain[2], atol=1e-3)
+    sample = torch.randn(2, 3, 16, 16)
+    plain, late = (
+        [make_teacher(pipeline, **changed).advance(sample, CLASS_LABELS, piece) for piece in range(3)]
+        for changed in ({"guidance_scale": 1.0}, {"guidance_interval": (0.5, 1.0)})
+    )
+    assert_close(late[0], plain[0])
+    assert not torch.allclose(late[1], plain[1], atol=1e-4) and not torch.allclose(late[2], plain[2], atol=1e-4)
 
 
-def test_a_student_that_predicts_the_velocity_between_two_states_steps_from_one_to_the_next(pipeline):
+def test_a_student_that_predicts_the_velocity_from_beginning_to_end_steps_there(pipeline):
     teacher = make_teacher(pipeline)
-    states = teacher.states(CLASS_LABELS, [7, 8])
-    velocities = (states[:-1] - states[1:]) / (teacher.sigmas[:-1] - teacher.sigmas[1:]).view(-1, 1, 1, 1, 1)
-    solver = make_flow_solver(4.0, 1)
-    solver.set_timesteps(3)
-    assert solver.timesteps.tolist() == teacher.timesteps.tolist()
-    sample = states[0]
-    for t, velocity, state in zip(solver.timesteps, velocities, states[1:], strict=True):
-        sample = solver.step(velocity, t, sample).prev_sample
-        assert_close(sample, state, rtol=1e-4, atol=1e-4)
+    starts, ends = teacher.show(pipeline.unet, CLASS_LABELS, [7, 8])
+    velocities = (starts - ends) / (teacher.sigmas[:-1] - teacher.sigmas[1:]).view(-1, 1, 1, 1, 1)
+    for piece in range(3):
+        solver = make_flow_solver(4.0, 1)
+        solver.set_timesteps(3)
+        assert solver.timesteps.tolist() == teacher.timesteps.tolist()
+        solver.set_begin_index(piece)
+        stepped = solver.step(velocities[piece], solver.timesteps[piece], starts[piece]).prev_sample
+        assert_close(stepped, ends[piece], rtol=1e-4, atol=1e-4)
 
 
 def test_an_untrained_student_predicts_what_its_teacher_does_without_guidance(pipeline):
@@ -90,6 +104,13 @@ def test_an_untrained_student_predicts_what_its_teacher_does_without_guidance(pi
 def test_a_teacher_whose_steps_do_not_fit_is_refused(pipeline, changed, message):
     with pytest.raises(ValueError, match=message):
         make_teacher(pipeline, **changed)
+
+
+def test_a_teacher_without_an_unconditional_prediction_is_not_guided(pipeline):
+    pipeline.register_modules(unet=make_student(pipeline.unet))
+    with pytest.raises(ValueError, match="`guidance_scale` must be 1 for this `teacher`, got 3.0"):
+        make_teacher(pipeline)
+    make_teacher(pipeline, guidance_scale=1.0)
 
 
 def test_a_teacher_of_another_kind_is_refused(tiny_pipeline):

@@ -108,13 +108,13 @@ def main(config: StudentConfig) -> None:
     validation = Validation(run, student, [facts["conditions"][i] for i in order], config.judge)
 
     lengths = (teacher.sigmas[:-1] - teacher.sigmas[1:]).to(device).view(-1, 1, 1, 1, 1)
-    timesteps = teacher.timesteps.to(device).repeat_interleave(config.batch_size)
+    timesteps = teacher.timesteps.repeat_interleave(config.batch_size)
     for batch in run.batches(prompts):
         with run.accelerator.autocast():
-            states = teacher.states(batch["class_labels"], batch["seeds"])  # (num_student_steps + 1, B, C, H, W)
-        velocities = (states[:-1] - states[1:]) / lengths
+            starts, ends = teacher.show(ema.model, batch["class_labels"], batch["seeds"])
+        velocities = (starts - ends) / lengths  # (num_student_steps, B, C, H, W)
         class_labels = batch["class_labels"].repeat(config.num_student_steps, 1)
-        prediction = model(states[:-1].flatten(0, 1), timesteps, class_labels).sample.float()
+        prediction = model(starts.flatten(0, 1), timesteps, class_labels).sample.float()
         errors = (prediction - velocities.flatten(0, 1)).square().unflatten(0, (config.num_student_steps, -1))
         loss = errors.mean()
 
