@@ -139,7 +139,7 @@ class Evaluator:
         if used == judges.keys():
             raise ValueError(
                 f"`judges` must hold one that had no part in the training, got {sorted(used)} alone, which had; a judge"
-                " that taught a pipeline never scores it alone."
+                " that taught a pipeline never scores it alone. Name another one beside it."
             )
         self.state = PartialState()
         self.pipeline = pipeline

@@ -206,8 +206,9 @@ def tabulate_steps(scheduler: SchedulerMixin, num_steps: int) -> Steps:
     followed, expected = _follow(scheduler, probe, num_steps), states @ probe
     if not torch.allclose(followed, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
         raise ValueError(
-            f"`scheduler` must draw no noise and clip nothing under ONNX Runtime, got {type(scheduler).__name__}, whose"
-            ' steps are no weighted sums; use another one such as DPMSolverMultistepScheduler, or backend="torch".'
+            f"`scheduler` must draw no noise and clip nothing under ONNX Runtime, got {type(scheduler).__name__} with"
+            " settings that make its steps no weighted sums; use FlowMatchEulerDiscreteScheduler or"
+            ' DPMSolverMultistepScheduler as they are by default, or backend="torch".'
         )
     return Steps(timesteps, states)
 

@@ -62,6 +62,10 @@ def test_weights_above_zero_are_kept():
         (None, "NoneType"),
         ({"red"}, "got set"),
         ([["rde"]], r"`class_labels\[0\]`: Unknown label 'rde'; did you mean 'red'"),
+        (
+            [["red and blue"]],
+            r"Unknown label .red and blue.; .*Commas join the labels of one image; AND and NOT, in capitals",
+        ),
         ([["red"], ["RED"]], r"`class_labels\[1\]`: Unknown label 'RED'; did you mean 'red'"),
         ([["violet"]], "known: red, green, blue"),
         ([["red", "red"]], "once"),

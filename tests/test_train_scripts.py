@@ -413,7 +413,12 @@ def test_a_noise_schedule_that_diffusers_lacks_is_refused(capsys):
 
 def config_class_for(recipe):
     """The configuration of the script that runs a recipe."""
-    scripts = {"judge": "train_classifier", "vae": "train_vae", "cyclegan": "train_cyclegan"}
+    scripts = {
+        "judge": "train_classifier",
+        "vae": "train_vae",
+        "cyclegan": "train_cyclegan",
+        "student": "train_student",
+    }
     kind = "train_gan" if "\ndiscriminator:" in recipe.read_text() else "train_ddpm"
     script = load_script(scripts.get(recipe.stem.split("_")[0], kind))
     (found,) = (

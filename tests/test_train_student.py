@@ -125,6 +125,10 @@ def test_another_teacher_is_refused_when_a_run_goes_on(train, teacher):
         ({"num_student_steps": 0}, "`num_student_steps` must be at least 1, got 0"),
         ({"time_shift": 0.0}, "`time_shift` must be positive and finite, got 0.0"),
         ({"guidance_start": 0.9, "guidance_stop": 0.1}, "`guidance_start` and `guidance_stop` must be"),
+        (
+            {"teacher": "dcgan-evaluator-cured-real"},
+            "`teacher` must be a ConditionalDDPMPipeline .* ConditionalGANPipeline",
+        ),
         ({"teacher": "nowhere"}, "`teacher`: .*nowhere"),
     ],
 )

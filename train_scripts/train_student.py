@@ -74,7 +74,9 @@ def main(config: StudentConfig) -> None:
         raise ValueError(
             f"`teacher` must say which label sets it was trained on, in a file conditions.json, got {config.teacher}."
         )
-    guidance_scale = pipeline.config.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
+    guidance_scale = config.guidance_scale
+    if guidance_scale is None:
+        guidance_scale = pipeline.config.get("default_guidance_scale", 1.0)  # a GAN, say, is refused below
     teacher = Teacher(
         pipeline,
         num_steps=config.teacher_steps,

@@ -91,6 +91,8 @@ class LabelVocabulary:
             hint = (
                 f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else f"known: {', '.join(self.names)}."
             )
+            if {"and", "or", "not"} & set(label.split()):
+                hint += " Commas join the labels of one image; AND and NOT, in capitals, stand between conditions."
             raise ValueError(f"Unknown label {label!r}; {hint}")
         if isinstance(label, (int, np.integer)) and not isinstance(label, bool):
             if 0 <= label < len(self):

@@ -34,7 +34,8 @@ class Condition:
                 ' Condition(["red cube"]).'
             )
         object.__setattr__(self, "labels", tuple(self.labels))
-        if not isinstance(self.weight, Real) or not math.isfinite(self.weight) or self.weight == 0:
+        is_number = isinstance(self.weight, Real) and not isinstance(self.weight, bool)
+        if not is_number or not math.isfinite(self.weight) or self.weight == 0:
             raise ValueError(
                 f"`weight` must be a finite number other than 0, got {self.weight!r}; leave the condition out if it is"
                 " to have no say."

@@ -175,8 +175,9 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
                 if composition.needs_null and not self.unet.config.null_condition:
                     raise ValueError(
                         f"`class_labels[{composition.images[0]}]` must be one condition, or several whose weights sum to"
-                        " 1: this model was trained without label dropout, so it has no unconditional prediction that"
-                        " conditions could be summed around."
+                        f" 1, got weights of {composition.weights[:, 0].tolist()}: this model was trained without label"
+                        " dropout, so it has no unconditional prediction that conditions could be summed around. Join"
+                        " the labels by commas, or take a model trained with label dropout."
                     )
             return compositions
         multi_hot = self.encode_labels(class_labels, num_images)
