@@ -372,7 +372,7 @@ def draw_plot(pipelines: dict[str, Any], real: dict[str, Any]) -> Image.Image:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
             axes.set_xlabel("guidance" if is_swept else "network calls an image")
-            axes.set_title(f"{name}: {title}", fontsize=10, parse_math=False)
+            axes.set_title(f"{name}:\n{title}", fontsize=10, parse_math=False)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         row[0].legend(frameon=False, fontsize=8)
