@@ -753,7 +753,7 @@ class Evaluator:
 
     def _picture_file(self, unit: Unit, kind: str) -> Path:
         request = self.protocols[unit.protocol].request(unit.position)
-        stem = file_stem(unit.position, [request] if isinstance(request, str) else request)
+        stem = file_stem(unit.position, request)
         return self.output_dir / kind / unit.protocol / f"{stem}.png"
 
     def _metadata(self, unit: Unit) -> dict[str, Any]:

@@ -8,3 +8,11 @@ def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8", newline="\n")
     os.replace(unfinished, path)
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """Returns where what can be made again lies: `cache_dir`, else ICLEVR_CACHE, else a folder in the user's cache."""
+    cache_dir = cache_dir or os.environ.get("ICLEVR_CACHE")
+    if cache_dir:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "iclevr_diffusion"

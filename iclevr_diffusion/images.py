@@ -156,7 +156,7 @@ def _save_whole(image: Image.Image, path: Path, **options: Any) -> None:  # noqa
         unfinished.unlink(missing_ok=True)
 
 
-def file_stem(position: int, labels: Sequence[str]) -> str:
-    """Names an image file by its position and labels: `0007_red-cube_blue-sphere`."""
-    words = (re.sub(r"[^\w]+", "-", label) for label in labels)
+def file_stem(position: int, labels: str | Sequence[str]) -> str:
+    """Names an image file by its position and what it was asked for, labels or text: `0007_red-cube_blue-sphere`."""
+    words = (re.sub(r"[^\w]+", "-", label) for label in ([labels] if isinstance(labels, str) else labels))
     return f"{position:04d}_{'_'.join(words)}"[:200]

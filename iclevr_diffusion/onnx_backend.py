@@ -16,6 +16,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 import iclevr_diffusion
+from iclevr_diffusion.files import cache_folder
 from iclevr_diffusion.judging import weights_sha256
 from iclevr_diffusion.pipelines.composition import Composition
 from iclevr_diffusion.pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline
@@ -280,7 +281,7 @@ def graph_file(unet: nn.Module, cache_dir: str | Path | None = None) -> Path:
         unet: A network that `ConditionalDDPMPipeline` takes, float32 on the CPU.
         cache_dir: The folder, as `OnnxDDPMPipeline.from_torch` takes it.
     """
-    cache_dir = _cache_folder(cache_dir)
+    cache_dir = cache_folder(cache_dir)
     versions = {name: metadata.version(name) for name in ("torch", "diffusers", "onnx", "onnxscript")}
     facts = {"weights": weights_sha256(unet), "iclevr_diffusion": iclevr_diffusion.__version__, **versions}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -363,10 +364,3 @@ def _export_step(unet: nn.Module) -> Any:  # noqa: ANN401 -- a package that may 
     finally:
         unet.train(was_training)
     return program.model_proto
-
-
-def _cache_folder(cache_dir: str | Path | None) -> Path:
-    cache_dir = cache_dir or os.environ.get("ICLEVR_CACHE")
-    if cache_dir:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "iclevr_diffusion"

@@ -68,7 +68,7 @@ def draw(pipeline: DiffusionPipeline, label_lists: list[list[str] | str], args: 
     metadata["Software"] = f"iclevr_diffusion {iclevr_diffusion.__version__}"
     out, files = Path(args.out), []
     for i, (image, labels, seed) in enumerate(zip(output.images, labels_of_image, seeds, strict=True)):
-        files.append(out / f"{file_stem(i, [labels] if isinstance(labels, str) else labels)}.png")
+        files.append(out / f"{file_stem(i, labels)}.png")
         save_png(image, files[-1], {"labels": request_text(labels), "seed": seed} | metadata)
     sheet = metadata | {"labels": labels_of_image, "seeds": seeds}
     files.append(out / "grid.png")

@@ -17,6 +17,7 @@ from iclevr_diffusion.data.digits import load_digits, load_mnist
 from iclevr_diffusion.data.folder import IclevrFolder
 from iclevr_diffusion.data.source import ImageSource
 from iclevr_diffusion.data.split import SPLITS, Split, scene_of_file, split_of_scene
+from iclevr_diffusion.files import cache_folder
 from iclevr_diffusion.labels import LabelVocabulary
 
 # Sources that have a name instead of a folder.
@@ -149,7 +150,7 @@ def open_store(
             "`vocabulary` must be left out for an `ImageSource`, which has its own; build it with that one."
         )
     fingerprint = source.fingerprint(resolution)
-    path = _cache_folder(cache_dir) / f"images-{resolution}-{fingerprint[:32]}.safetensors"
+    path = cache_folder(cache_dir) / f"images-{resolution}-{fingerprint[:32]}.safetensors"
     if (store := _open_if_whole(path)) is not None:
         return store
     try:
@@ -165,13 +166,6 @@ def open_store(
             f"Cannot write the image store into `{path.parent}` ({error}); give another `cache_dir` or set the"
             " environment variable ICLEVR_CACHE."
         ) from error
-
-
-def _cache_folder(cache_dir: str | Path | None) -> Path:
-    cache_dir = cache_dir or os.environ.get("ICLEVR_CACHE")
-    if cache_dir:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "iclevr_diffusion"
 
 
 def _open_if_whole(path: Path) -> ImageStore | None:
