@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iclevr_diffusion.data import BatchLoader, ImageStore, normalize
+from iclevr_diffusion.data import BatchLoader, ImageSet, normalize
 from iclevr_diffusion.training import TrainingRun
 from iclevr_diffusion.training_data import DataConfig, TrainingData, open_images
 
@@ -50,7 +50,9 @@ class UnpairedImages:
             self._store_a, self._indices_a = data.store, data.indices
             if domain_a != "images":
                 root, self._store_a = open_images(
-                    "domain_a", domain_a, config.resolution, progress=accelerator.is_main_process
+                    *("domain_a", domain_a, config.resolution),
+                    progress=accelerator.is_main_process,
+                    streaming=config.streaming,
                 )
                 self._indices_a = self._store_a.indices(config.split)
                 facts = {"domain_a": self._store_a.sha256, "root": str(root), "num_images": len(self._indices_a)}
@@ -61,7 +63,11 @@ class UnpairedImages:
                     )
             self._a = BatchLoader(
                 *(self._store_a, self._indices_a, config.batch_size),
-                **{"seed": seed, "resident": config.resident, **settings},
+                seed=seed,
+                resident=config.resident and not config.streaming,
+                num_workers=config.num_workers,
+                repeat_threshold=config.repeat_threshold,
+                **settings,
             )
         run.pin(domain_a=facts["domain_a"])
         run.describe("domain_a.json", json.dumps(facts, indent=2) + "\n")
@@ -123,7 +129,7 @@ class NoiseImages:
         return {"pixel_values": torch.from_numpy(pixel_values).to(self.device)}
 
 
-def _choose(store: ImageStore, training_indices: np.ndarray, num_images: int, *, seed: int) -> Tensor:
+def _choose(store: ImageSet, training_indices: np.ndarray, num_images: int, *, seed: int) -> Tensor:
     """Picks images, uint8 (num_images, C, H, W), for validation; training images where a small data set has no other."""
     indices = store.indices("validation")
     indices = indices if len(indices) else training_indices

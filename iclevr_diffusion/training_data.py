@@ -1,5 +1,7 @@
 import json
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,8 +11,16 @@ import torch
 from torch import Tensor
 
 from iclevr_diffusion.config import TrainConfig, option
-from iclevr_diffusion.data import BatchLoader, ImageStore, normalize, open_store
-from iclevr_diffusion.protocols import Protocol, open_protocol
+from iclevr_diffusion.data import (
+    BatchLoader,
+    ImageSet,
+    LabelledImages,
+    StreamedImages,
+    normalize,
+    open_source,
+    open_store,
+)
+from iclevr_diffusion.protocols import COMBINATIONS, Protocol, combinations_protocol, open_protocol
 from iclevr_diffusion.rendering import render_dataset
 from iclevr_diffusion.training import TrainingRun
 
@@ -21,22 +31,58 @@ class DataConfig(TrainConfig):
 
     data: str | None = option(
         None,
-        "folder in the course's layout, ICLEVR_ROOT for that variable's, digits or mnist; none renders",
+        "folder of labelled images, hub:user/name, a YAML file of a set, ICLEVR_ROOT, digits or mnist; none renders",
         may_change=True,
     )
     num_scenes: int = option(3000, "scenes to render where no data are given, each of one to three images")
     split: Literal["train", "all"] = option("train", "`all` holds nothing out, and marks the outputs")
     hold_out: str | None = option(
-        None, "label sets that no training image may show: `held-out`, or a file like test.json", may_change=True
+        None,
+        "label sets that no training image may show: `held-out`, `combinations` (chosen among those of your images), or"
+        " a file like test.json",
+        may_change=True,
     )
     resolution: int = option(64, "height and width of the images in pixels")
     resident: bool = option(True, "hold the images on the device, or read them from their file", may_change=True)
+    streaming: bool = option(
+        False, "read and decode images whenever a batch needs them, with no file of pixels made and none resident"
+    )
+    num_workers: int = option(2, "threads that read batches ahead where images are not resident", may_change=True)
+    repeat_threshold: float | None = option(
+        None, "share of the images below which a label is rare, its images coming more often; none repeats none"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_workers < 0:
+            raise ValueError(f"`num_workers` must be at least 0, got {self.num_workers}.")
+        if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
+            raise ValueError(
+                f"`repeat_threshold` must lie in (0, 1], a share of the images, or be none, got {self.repeat_threshold}."
+            )
+
+
+def check_sizes(make_networks: Callable[[], object], device: str = "meta") -> None:
+    """Makes networks, so that a size they cannot have is refused before any data are read.
+
+    Args:
+        make_networks: Makes them for images of the configuration's `resolution`.
+        device: Where; `meta` takes no memory and no time, but for spectral norms, which are sooner made on `cpu`.
+
+    Raises:
+        ValueError: If they cannot be made.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            make_networks()
+    except ValueError as error:
+        raise ValueError(str(error).replace("`sample_size`", "`resolution`")) from None
 
 
 def open_images(
-    option: str, source: str | Path, resolution: int, *, progress: bool = True
-) -> tuple[str | Path, ImageStore]:
-    """Opens what an option of a run is given: a folder, ICLEVR_ROOT for that variable's, digits or mnist.
+    option: str, source: str | Path, resolution: int, *, progress: bool = True, streaming: bool = False
+) -> tuple[str | Path, ImageSet]:
+    """Opens what an option of a run is given, anything that `open_source` opens.
 
     Returns:
         The folder or the name, and its images.
@@ -50,6 +96,11 @@ def open_images(
         if not source:
             raise ValueError(f"`{option}` is ICLEVR_ROOT: set that variable to the folder that holds objects.json.")
     try:
+        if streaming:
+            images = open_source(source)
+            if progress and isinstance(images, LabelledImages):
+                print(images.describe(), file=sys.stderr)
+            return source, StreamedImages(images, resolution)
         return source, open_store(source, resolution=resolution, progress=progress)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"`{option}`: {error}") from None
@@ -63,7 +114,8 @@ class TrainingData:
     Without `config.data` the main process renders scenes into `output_dir/data`, or those that are still missing. With
     `config.hold_out` an image is left out if it shows all labels of one of those sets, whatever else it shows. What the
     model will have seen is written beside the weights: `data.json` (fingerprint, split, number of images, what is held
-    out) and `conditions.json` (the distinct label sets). A resumed run must find the same images.
+    out) and `conditions.json` (the distinct label sets); sets that `combinations` chose are in `combinations.json`, a
+    protocol for the evaluation. A resumed run must find the same images.
 
     Args:
         run: The run.
@@ -89,7 +141,9 @@ class TrainingData:
             if accelerator.is_main_process:
                 render_dataset(root, config.num_scenes, size=config.resolution, seed=config.seed)
             accelerator.wait_for_everyone()
-        root, self.store = open_images("data", root, config.resolution, progress=accelerator.is_main_process)
+        root, self.store = open_images(
+            "data", root, config.resolution, progress=accelerator.is_main_process, streaming=config.streaming
+        )
         all_indices = self.store.indices(config.split)
         hold_out = None if config.hold_out is None else self._open_hold_out(config.hold_out)
         self.indices = self._without(hold_out, all_indices)
@@ -105,7 +159,9 @@ class TrainingData:
             config.batch_size,
             seed=config.seed,
             device=accelerator.device,
-            resident=config.resident,
+            resident=config.resident and not config.streaming,
+            num_workers=config.num_workers,
+            repeat_threshold=config.repeat_threshold,
             num_processes=accelerator.num_processes,
             process_index=accelerator.process_index,
         )
@@ -127,6 +183,8 @@ class TrainingData:
             run.print("Training on all images: nothing is held out, so no score on these images is independent.")
         run.describe("data.json", json.dumps({"root": str(root), **facts, "hold_out": left_out}, indent=2) + "\n")
         run.describe("conditions.json", json.dumps(seen) + "\n")
+        if hold_out is not None and hold_out.name == COMBINATIONS:
+            run.describe(f"{COMBINATIONS}.json", json.dumps(hold_out.conditions) + "\n")
 
     def example(self, device: torch.device) -> Tensor:
         """Returns a training image (1, C, H, W) in [-1, 1]."""
@@ -139,6 +197,8 @@ class TrainingData:
 
     def _open_hold_out(self, name_or_path: str) -> Protocol:
         try:
+            if name_or_path == COMBINATIONS:
+                return combinations_protocol(self.store)
             return open_protocol(name_or_path, self.store.vocabulary)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"`hold_out`: {error}") from None

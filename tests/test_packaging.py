@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 import iclevr_diffusion
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-NAMES_OF_COMMANDS = ("compare", "evaluate", "picture", "render", "sample")
+NAMES_OF_COMMANDS = ("compare", "evaluate", "inspect", "picture", "render", "sample")
 
 
 def requirements(lines: list[str], python: str | None = None, extra: str = "") -> dict[str, Requirement]:

@@ -198,9 +198,9 @@ def test_examples_are_the_same_every_time_and_seldom_those_of_the_other_domain(m
 
 
 def test_a_folder_that_is_none_is_refused_by_the_name_of_its_option(make_domains, train):
-    with pytest.raises(FileNotFoundError, match="`domain_a`: `nowhere/iclevr` is not a folder"):
+    with pytest.raises(FileNotFoundError, match="`domain_a`: `nowhere` is not a folder"):
         make_domains("nowhere")
-    with pytest.raises(FileNotFoundError, match="`data`: `nowhere/iclevr` is not a folder"):
+    with pytest.raises(FileNotFoundError, match="`data`: `nowhere` is not a folder"):
         train(data="nowhere")
 
 

@@ -1,14 +1,13 @@
 import hashlib
 import json
 import os
-import stat
-from collections import Counter
-from pathlib import Path, PureWindowsPath
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from iclevr_diffusion.data.image_file import check_path, file_status
+from iclevr_diffusion.data.metadata_file import refuse_repeated_keys
 from iclevr_diffusion.data.source import check_resolution
 from iclevr_diffusion.data.split import scene_of_file
 from iclevr_diffusion.labels import LabelVocabulary
@@ -87,7 +86,7 @@ class IclevrFolder:
         content = self._annotations.read_bytes()
         self._annotations_sha256 = hashlib.sha256(content).hexdigest()
         try:
-            entries = json.loads(content, object_pairs_hook=_refuse_repeated_keys)
+            entries = json.loads(content, object_pairs_hook=refuse_repeated_keys)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"`{self._annotations}` is not valid JSON: {error}") from None
         if not isinstance(entries, dict):
@@ -103,19 +102,12 @@ class IclevrFolder:
                     f"`{self._annotations}`, entry {file_name!r}: expected a list of object names such as"
                     f' ["red cube", "blue sphere"], got {json.dumps(labels)[:100]}.'
                 )
-            # Windows rules see more: `\` and `C:` leave a folder there, `/` and `..` everywhere.
-            path = PureWindowsPath(file_name)
-            if (
-                not path.name
-                or path.anchor
-                or ".." in path.parts
-                or "/".join(path.parts) != file_name
-                or "\0" in file_name
-            ):
-                raise ValueError(
-                    f"`{self._annotations}`, entry {file_name!r}: expected the path of an image inside"
-                    f" `{self.image_folder}`, such as 'CLEVR_train_000000_0.png'."
-                )
+            check_path(
+                f"`{self._annotations}`, entry {file_name!r}",
+                self.image_folder,
+                file_name,
+                "CLEVR_train_000000_0.png",
+            )
         return entries
 
     def fingerprint(self, resolution: int) -> str:
@@ -130,21 +122,12 @@ class IclevrFolder:
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
     def _file_status(self, file_name: str) -> tuple[int, int, int]:
-        path = self.image_folder / file_name
-        try:
-            status = os.lstat(path)
-            if stat.S_ISLNK(status.st_mode) or "/" in file_name:
-                if not path.resolve().is_relative_to(self.image_folder.resolve()):
-                    raise ValueError(
-                        f"`{self._annotations}`, entry {file_name!r}: `{path}` links to a place outside of"
-                        f" `{self.image_folder}`; copy the image into it."
-                    )
-                status = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            status = None
-        if status is None or not stat.S_ISREG(status.st_mode):
-            raise FileNotFoundError(f"`{self._annotations}`, entry {file_name!r}: there is no file `{path}`.")
-        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return file_status(f"`{self._annotations}`, entry {file_name!r}", self.image_folder, file_name)
+
+    def read_file(self, file_name: str) -> bytes:
+        """Returns the file of an image of `train.json`."""
+        self._file_status(file_name)
+        return (self.image_folder / file_name).read_bytes()
 
     def read_image(self, file_name: str, resolution: int) -> Image.Image:
         """Returns an image of `train.json` as RGB of `resolution` x `resolution` pixels.
@@ -172,11 +155,3 @@ class IclevrFolder:
         if image.size != (resolution, resolution):
             image = image.resize((resolution, resolution), Image.Resampling.BILINEAR)
         return image
-
-
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the entry {repeated!r} occurs twice")
-    return entries

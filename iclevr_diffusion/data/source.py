@@ -15,7 +15,7 @@ class ImageSource(Protocol):
         file_names: One distinct name an image; it is what `read_image` is asked for.
         class_labels: 1 where an image shows an object, uint8 (num_images, num_classes).
         scenes: The scene that each image shows, int64 (num_images,): images of one scene fall into one split.
-        num_channels: Channels of every image, 1 for grey and 3 for RGB.
+        num_channels: Channels of every image, 1 for grey, 3 for RGB and 4 for RGBA.
     """
 
     name: str
@@ -30,8 +30,14 @@ class ImageSource(Protocol):
         ...
 
     def read_image(self, file_name: str, resolution: int) -> Image.Image:
-        """Returns an image of `resolution` x `resolution` pixels, mode L or RGB; several threads call it at once."""
+        """Returns an image of `resolution` x `resolution` pixels in the mode of its channels; several threads call it."""
         ...
+
+
+def read_pixels(source: ImageSource, resolution: int, file_name: str) -> np.ndarray:
+    """Returns an image of a source as uint8 (C, resolution, resolution) in [0, 255]."""
+    pixel_values = np.asarray(source.read_image(file_name, resolution))  # (H, W) or (H, W, C)
+    return pixel_values.reshape(resolution, resolution, source.num_channels).transpose(2, 0, 1)
 
 
 def check_resolution(resolution: int) -> None:

@@ -1,11 +1,19 @@
 import hashlib
 import re
+from collections.abc import Collection
+from itertools import chain, count
 from pathlib import PurePosixPath
 from typing import Literal
 
 Split = Literal["train", "validation", "held-out"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "held-out")
 
+# What others call the parts of a set, as `datasets` knows them by, and ours.
+_NAMES_OF_SPLITS: dict[str, Split] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "held-out", "held_out"), "held-out"),
+}
 _SCENE_PATTERN = re.compile(r"CLEVR_train_(\d{1,18})_\d+")
 
 
@@ -34,3 +42,21 @@ def split_of_scene(scene: int) -> Split:
     if percent < 90:
         return "train"
     return "validation" if percent < 95 else "held-out"
+
+
+def split_named(name: str) -> Split | None:
+    """Returns the split that a split, a folder or a file such as `train-00000-of-00002` is called after, if any.
+
+    Ours are `train`, `validation` and `held-out`; others call the last one `test`.
+    """
+    words = re.match(r"held[-_]out|[a-z]*", name.strip().lower())
+    return _NAMES_OF_SPLITS.get(words.group())
+
+
+def scene_in_splits(scene: int, splits: Collection[Split]) -> int:
+    """Returns a scene's number where it falls into one of `splits`, else one made of it that does.
+
+    So images whose owner says which split they belong to need nothing but their scene's number to be found in it.
+    """
+    candidates = (int.from_bytes(hashlib.sha256(f"{scene} {i}".encode()).digest()[:8], "big") for i in count())
+    return next(s for s in chain([scene], (-1 - (c >> 2) for c in candidates)) if split_of_scene(s) in splits)

@@ -1,117 +1,107 @@
+import contextlib
 import hashlib
 import json
 import math
 import os
 import struct
+import sys
+import time
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from iclevr_diffusion.data.digits import load_digits, load_mnist
-from iclevr_diffusion.data.folder import IclevrFolder
-from iclevr_diffusion.data.source import ImageSource
-from iclevr_diffusion.data.split import SPLITS, Split, scene_of_file, split_of_scene
-from iclevr_diffusion.files import cache_folder
+from iclevr_diffusion.data.image_set import ImageSet, chunks
+from iclevr_diffusion.data.labelled_images import LabelledImages
+from iclevr_diffusion.data.opening import open_source
+from iclevr_diffusion.data.source import ImageSource, read_pixels
+from iclevr_diffusion.data.split import scene_of_file
+from iclevr_diffusion.files import cache_folder, write_text
 from iclevr_diffusion.labels import LabelVocabulary
 
-# Sources that have a name instead of a folder.
-NAMED_SOURCES = {"digits": load_digits, "mnist": load_mnist}
-_CHUNK_SIZE = 512  # images in memory at a time while a store is written or summed up
+# The tensors of the file: scenes come first, as eight bytes must not straddle, and file_names is a JSON list.
+_DTYPES = {
+    "scenes": np.dtype("<i8"),
+    "file_names": np.dtype("u1"),
+    "class_labels": np.dtype("u1"),
+    "pixel_values": np.dtype("u1"),
+}
+_COARSEST_TIME_STAMP = 2_000_000_000  # nanoseconds, of FAT
 _NUM_THREADS = 4  # decoding gains nothing from threads at 64x64, waiting for a slow disk does
 
 
-class ImageStore:
+class ImageStore(ImageSet):
     """All images of a source as one uint8 array in a file that is mapped, not read, into memory.
 
-    The file is a safetensors file, so other tools read it too. Its SHA-256 is checked in whole when it is opened,
-    which takes 0.2 s for the 221 MB of i-CLEVR at 64x64. Use `open_store` to make one from a folder of images or
-    another source.
+    The file is a safetensors file, so other tools read it too. Its SHA-256 is checked in whole when it is opened for the
+    first time, which takes 0.2 s for the 221 MB of i-CLEVR at 64x64. A file beside it, `.checked`, keeps the size and the
+    time stamps that it had then, and while it has them it is not read through again; delete that file to have it
+    checked once more. Use `open_store` to make a store from a folder of images or another source.
 
     Args:
         path: The file.
 
     Attributes:
-        pixel_values: Images, uint8 (num_images, C, H, W) in [0, 255], in the order of the source; C is 3, or 1 for grey.
-        class_labels: 1 where an image shows an object, uint8 (num_images, num_classes).
-        file_names: Name of each image's file.
-        scenes: Number of each image's scene, int64 (num_images,).
-        vocabulary: Names of the classes.
-        sha256: Hash of pixels, labels and names: the same for the same data, wherever it was made.
+        sha256: Hash of pixels, labels and names: the same for the same data, wherever it was made. Other attributes are
+            those of an `ImageSet`; `pixel_values`, `class_labels` and `scenes` are mapped.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.cache_dir = self.path.parent
         try:
             with open(self.path, "rb") as file:
                 header, data_start = _read_header(file)
             metadata = header["__metadata__"]
-            data = np.memmap(self.path, dtype=np.uint8, mode="r", offset=data_start)
             arrays = {}
-            for name in ("class_labels", "pixel_values"):
-                start, stop = header[name]["data_offsets"]
-                arrays[name] = data[start:stop].reshape(header[name]["shape"])
-            names = {name: json.loads(text) for name, text in metadata.items() if name != "sha256"}
-            file_names, label_names = names["file_names"], names["label_names"]
-            recorded_sha256: str = metadata["sha256"]
+            for name, dtype in _DTYPES.items():
+                # PyTorch warns of arrays that cannot be written to; "c" can, with no effect on the file. Pixels are left
+                # out, because a system may refuse to promise that much memory for copies.
+                mode = "r" if name == "pixel_values" else "c"
+                start, shape = data_start + header[name]["data_offsets"][0], tuple(header[name]["shape"])
+                arrays[name] = np.memmap(self.path, dtype=dtype, mode=mode, offset=start, shape=shape)
+            self.vocabulary = LabelVocabulary(json.loads(metadata["label_names"]))
+            self.sha256: str = metadata["sha256"]
         except (ValueError, KeyError, TypeError, struct.error) as error:
             raise ValueError(f"`{self.path}` is not a whole image store ({error}); delete it.") from None
-        if _hash(names, data).hexdigest() != recorded_sha256:
-            raise ValueError(f"`{self.path}` is damaged: its content does not have the recorded SHA-256; delete it.")
-
         self.pixel_values: np.memmap = arrays["pixel_values"]
-        self.class_labels = np.array(arrays["class_labels"])
-        self.file_names: list[str] = file_names
-        self.scenes = np.array(names.get("scenes") or _scenes_of_files(file_names), dtype=np.int64)
-        self.vocabulary = LabelVocabulary(label_names)
-        self.sha256 = recorded_sha256
-
-    def __len__(self) -> int:
-        return len(self.file_names)
+        self.class_labels = np.asarray(arrays["class_labels"])
+        self.scenes = np.asarray(arrays["scenes"])
+        self._file_names = arrays["file_names"]
+        self._check(data_start + header["class_labels"]["data_offsets"][0])
 
     @property
-    def resolution(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.pixel_values.shape[-1]
+    def file_names(self) -> list[str]:
+        """Name of each image's file, made into a list at every call: most have no use for 200,000 names."""
+        return json.loads(self._file_names.tobytes())
 
-    def indices(self, split: Split | Literal["all"]) -> np.ndarray:
-        """Returns the int64 positions of a split's images, ascending; `"all"` breaks the hold-out."""
-        if split == "all":
-            return np.arange(len(self), dtype=np.int64)
-        if split not in SPLITS:
-            raise ValueError(f"`split` must be one of {', '.join(SPLITS)} or all, got {split!r}.")
-        split_of = {scene: split_of_scene(scene) for scene in set(self.scenes.tolist())}
-        return np.flatnonzero([split_of[scene] == split for scene in self.scenes.tolist()]).astype(np.int64)
-
-    def statistics(self, indices: np.ndarray) -> tuple[np.ndarray, float]:
-        """Returns the mean image and the standard deviation around it of the images at `indices`.
-
-        Returns:
-            The mean image, float32 (C, H, W) in [-1, 1], and the root mean square over images, channels and pixels of
-            what is left when it is subtracted, in the same unit.
-        """
-        if len(indices) == 0:
-            raise ValueError("`indices` must hold at least one image, got none; see `store.indices`.")
-        # In integers, which are exact: the result depends neither on the order nor on the chunks.
-        total, total_of_squares = np.zeros(self.pixel_values.shape[1:], dtype=np.int64), 0
-        for chunk in _chunks(indices):
-            pixel_values = self.pixel_values[chunk].astype(np.int32)
-            total += pixel_values.sum(axis=0)
-            total_of_squares += int(np.square(pixel_values).sum(dtype=np.int64))
-        square_of_totals = int(np.square(total.astype(object)).sum())
-        variance = (len(indices) * total_of_squares - square_of_totals) / (len(indices) ** 2 * total.size)
-        return (total / len(indices) / 127.5 - 1).astype(np.float32), math.sqrt(variance) / 127.5
-
-    def conditions(self, indices: np.ndarray) -> list[tuple[str, ...]]:
-        """Returns the distinct label sets of the images at `indices`, fewest labels first, then by class index."""
-        rows = np.unique(self.class_labels[indices], axis=0)
-        label_sets = sorted((np.flatnonzero(row).tolist() for row in rows), key=lambda row: (len(row), row))
-        return [tuple(self.vocabulary.names[i] for i in label_set) for label_set in label_sets]
+    def _check(self, hashed_start: int) -> None:
+        """Compares the file with its SHA-256, unless that was done since it was last written to."""
+        record = self.path.with_suffix(".checked")
+        status = _status(self.path)
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(record.read_text()) == status:
+                return
+        try:
+            sha256 = _hash_names(self.file_names, self.vocabulary, self.scenes)
+            with open(self.path, "rb") as file:
+                file.seek(hashed_start)
+                while block := file.read(2**20):
+                    sha256.update(block)
+            if sha256.hexdigest() != self.sha256:
+                raise ValueError("its content does not have the recorded SHA-256")
+        except ValueError as error:  # also of names that are no JSON any more
+            raise ValueError(f"`{self.path}` is damaged: {error}; delete it.") from None
+        # Time stamps are coarse, so what was written a moment ago could change and keep them.
+        is_old = time.time_ns() - max(status["mtime_ns"], status["ctime_ns"]) > _COARSEST_TIME_STAMP
+        if is_old and _status(self.path) == status:
+            with contextlib.suppress(OSError):  # a cache that others share can be read-only
+                write_text(record, json.dumps(status))
 
 
 def open_store(
@@ -125,32 +115,28 @@ def open_store(
     """Opens the store of a folder's images or another source's, and writes it first where there is none.
 
     A store belongs to the images as they are (of files: names, sizes, time stamps; of MNIST: its revision), their
-    labels and the resolution: change one and another store is written. It is written under a temporary name and renamed
+    labels, the resolution and how they are brought to it: change one and another store is written. It is written under a temporary name and renamed
     when it is whole. Of several processes that need the same one, one writes and the others wait.
 
     Args:
-        source: Folder in the course's layout, see `IclevrFolder`, where `None` takes the environment variable
-            ICLEVR_ROOT; `"digits"`, those of scikit-learn, or `"mnist"`, of the Hub (a folder of that name is
-            `"./digits"`); or any other `ImageSource`.
-        resolution: Height and width of the stored images; others are resized directly to it.
+        source: What `open_source` opens: a folder of images, a data set of the Hub, ...; or any other `ImageSource`.
+        resolution: Height and width of the stored images; others are resized to it.
         cache_dir: Where stores lie. By default the environment variable ICLEVR_CACHE, or `iclevr_diffusion` in the
             user's cache folder. Old stores in it can be deleted at any time.
-        vocabulary: Label names and their indices, by default those of `objects.json`, or the ten digits.
-        progress: Whether to show a progress bar while writing.
+        vocabulary: Label names and their indices, by default those of the source.
+        progress: Whether to show a progress bar while writing, and how someone's own images are read.
 
     Raises:
         ValueError: If the source is not what it should be, or `vocabulary` is given for an `ImageSource`, which has one.
     """
-    if isinstance(source, str) and source in NAMED_SOURCES:
-        source = NAMED_SOURCES[source](vocabulary)
-    elif source is None or isinstance(source, str | Path):
-        source = IclevrFolder(source, vocabulary)
+    if source is None or isinstance(source, str | Path):
+        source = open_source(source, vocabulary)
     elif vocabulary is not None:
         raise ValueError(
             "`vocabulary` must be left out for an `ImageSource`, which has its own; build it with that one."
         )
     fingerprint = source.fingerprint(resolution)
-    path = cache_folder(cache_dir) / f"images-{resolution}-{fingerprint[:32]}.safetensors"
+    path = cache_folder(cache_dir) / f"store-{resolution}-{fingerprint[:32]}.safetensors"
     if (store := _open_if_whole(path)) is not None:
         return store
     try:
@@ -158,6 +144,8 @@ def open_store(
         with FileLock(path.with_suffix(".lock")):
             # Another process may have written it while this one waited.
             if (store := _open_if_whole(path)) is None:
+                if progress and isinstance(source, LabelledImages):
+                    print(source.describe(), file=sys.stderr)
                 _write_store(path, source, resolution, fingerprint, progress)
                 store = ImageStore(path)
             return store
@@ -179,17 +167,13 @@ def _open_if_whole(path: Path) -> ImageStore | None:
 
 
 def _write_store(path: Path, source: ImageSource, resolution: int, fingerprint: str, progress: bool) -> None:
+    file_names = json.dumps(source.file_names).encode()
     shapes = {
+        "scenes": source.scenes.shape,
+        "file_names": (len(file_names),),
         "class_labels": source.class_labels.shape,
         "pixel_values": (len(source.file_names), source.num_channels, resolution, resolution),
     }
-    names = {"file_names": source.file_names, "label_names": list(source.vocabulary.names)}
-    if source.scenes.tolist() != _scenes_of_files(source.file_names):
-        names["scenes"] = source.scenes.tolist()
-
-    def read(file_name: str) -> np.ndarray:
-        pixel_values = np.asarray(source.read_image(file_name, resolution))  # (H, W) or (H, W, 3)
-        return pixel_values.reshape(resolution, resolution, source.num_channels).transpose(2, 0, 1)
 
     temporary = path.with_suffix(".tmp")
     try:
@@ -200,16 +184,19 @@ def _write_store(path: Path, source: ImageSource, resolution: int, fingerprint: 
                 total=len(source.file_names), unit="image", desc="Writing the image store", disable=not progress
             ) as bar,
         ):
-            file.write(_header(shapes, names, sha256="0" * 64))
-            sha256 = _hash(names, source.class_labels)
+            file.write(_header(shapes, source.vocabulary, sha256="0" * 64))
+            file.write(source.scenes.astype(_DTYPES["scenes"]).tobytes())
+            file.write(file_names)
             file.write(source.class_labels.tobytes())
-            for chunk in _chunks(source.file_names):
-                pixel_values = np.stack(list(pool.map(read, chunk))).tobytes()
+            sha256 = _hash_names(source.file_names, source.vocabulary, source.scenes)
+            sha256.update(source.class_labels.tobytes())
+            for chunk in chunks(source.file_names):
+                pixel_values = np.stack(list(pool.map(partial(read_pixels, source, resolution), chunk))).tobytes()
                 sha256.update(pixel_values)
                 file.write(pixel_values)
                 bar.update(len(chunk))
             file.seek(0)
-            file.write(_header(shapes, names, sha256=sha256.hexdigest()))
+            file.write(_header(shapes, source.vocabulary, sha256=sha256.hexdigest()))
             file.flush()
             os.fsync(file.fileno())
         if source.fingerprint(resolution) != fingerprint:
@@ -231,30 +218,37 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _chunks(items: np.ndarray | list[str]) -> Iterator[np.ndarray | list[str]]:
-    for start in range(0, len(items), _CHUNK_SIZE):
-        yield items[start : start + _CHUNK_SIZE]
-
-
 def _scenes_of_files(file_names: list[str]) -> list[int]:
     return [scene_of_file(file_name) for file_name in file_names]
 
 
-def _hash(names: dict[str, list], data: np.ndarray) -> "hashlib._Hash":
-    """Returns the hash of a store's names and of the data, or of those that come first when more are added to it."""
-    sha256 = hashlib.sha256(json.dumps([names[name] for name in sorted(names)]).encode())
-    sha256.update(data)
-    return sha256
+def _status(path: Path) -> dict[str, int]:
+    """Returns what changes when a file is written to."""
+    status = os.stat(path)
+    return {
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+        "inode": status.st_ino,
+    }
 
 
-def _header(shapes: dict[str, tuple[int, ...]], names: dict[str, list], sha256: str) -> bytes:
-    """Returns the header of a safetensors file that holds uint8 arrays; its length does not depend on the hash."""
-    metadata = {name: json.dumps(values) for name, values in names.items()} | {"sha256": sha256}
-    header: dict[str, object] = {"__metadata__": metadata}
+def _hash_names(file_names: list[str], vocabulary: LabelVocabulary, scenes: np.ndarray) -> "hashlib._Hash":
+    """Returns the hash of a store's names, to which class labels and pixels are to be added."""
+    names = [file_names, list(vocabulary.names)]
+    if (scenes := scenes.tolist()) != _scenes_of_files(file_names):
+        names.append(scenes)
+    return hashlib.sha256(json.dumps(names).encode())
+
+
+def _header(shapes: dict[str, tuple[int, ...]], vocabulary: LabelVocabulary, sha256: str) -> bytes:
+    """Returns the header of a store's safetensors file; its length does not depend on the hash."""
+    header: dict[str, object] = {"__metadata__": {"label_names": json.dumps(list(vocabulary.names)), "sha256": sha256}}
     stop = 0
     for name, shape in shapes.items():
-        start, stop = stop, stop + int(np.prod(shape))
-        header[name] = {"dtype": "U8", "shape": list(shape), "data_offsets": [start, stop]}
+        start, stop = stop, stop + math.prod(shape) * _DTYPES[name].itemsize
+        dtype = {"u": "U", "i": "I"}[_DTYPES[name].kind] + str(8 * _DTYPES[name].itemsize)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
     return struct.pack("<Q", len(content)) + content
