@@ -56,6 +56,7 @@ SMOOTHED = 10  # the trial's last steps, by which its speed is told
 METRICS = {"top_k": 1, "exact_match": 1, "kernel_distance": -1, "frechet_distance": -1, "diversity": 1}
 RANKED_BY = ("top_k", "kernel_distance", "frechet_distance")
 NUM_SHOWN = 8
+WAYS = {"trained_as", "call", "average", "guide"}  # of drawing from what another variant has trained
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,24 @@ class Variant:
         recipe: Fields of the training script, those of `base` among them.
         call: Arguments of the pipeline's call.
         trained_as: Whose trained model it is; its own name where it is trained.
+        average: Length of the power function average that is drawn with; none is the exponential one.
+        guide: The variant whose trained model guidance leads away from, if any.
+        share: Part of the cost of a training that this one takes.
     """
 
     name: str
     recipe: dict[str, Any]
     call: dict[str, Any]
     trained_as: str
+    average: float | None = None
+    guide: str | None = None
+    share: float = 1.0
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """What makes its images others than those of another variant of the same training."""
+        ways = {"average": self.average, "guide": self.guide}
+        return self.call | {key: value for key, value in ways.items() if value is not None}
 
 
 def read_variants(path: Path) -> dict[str, Variant]:
@@ -84,19 +97,35 @@ def read_variants(path: Path) -> dict[str, Variant]:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or set(content) != {"base", "variants"}:
         raise ValueError(f"{path} must hold `base` and `variants`, each a mapping.")
-    entries = {str(name): entry or {} for name, entry in content["variants"].items()}
+    entries = {str(name): dict(entry or {}) for name, entry in content["variants"].items()}
+    trained = {
+        name: Variant(
+            name,
+            content["base"] | {key: value for key, value in entry.items() if key != "share"},
+            {},
+            name,
+            share=entry.get("share", 1.0),
+        )
+        for name, entry in entries.items()
+        if "trained_as" not in entry
+    }
     variants: dict[str, Variant] = {}
     for name, entry in entries.items():
-        if "trained_as" not in entry:
-            variants[name] = Variant(name, content["base"] | entry, {}, name)
+        if name in trained:
+            variants[name] = trained[name]
             continue
-        model = entry["trained_as"]
-        if set(entry) != {"trained_as", "call"} or model not in entries or "trained_as" in entries[model]:
+        models = [entry[key] for key in ("trained_as", "guide") if key in entry]
+        if not set(entry) <= WAYS or len(entry) < 2 or not all(model in trained for model in models):
             raise ValueError(
-                f"{path}: {name!r} must have `trained_as`, which names a variant that is trained, and `call`, and"
-                f" nothing else; got {entry}."
+                f"{path}: {name!r} must have `trained_as`, which names a variant that is trained, and `call`, `average`"
+                f" or `guide`, another such variant, and nothing else; got {entry}."
             )
-        variants[name] = Variant(name, content["base"] | entries[model], entry["call"], model)
+        variants[name] = dataclasses.replace(trained[entry["trained_as"]], name=name, **entry)
+        if "average" in entry and entry["average"] not in variants[name].recipe.get("ema_lengths", []):
+            raise ValueError(
+                f"{path}: `average` of {name!r} must be one of `ema_lengths` of {entry['trained_as']!r}, got"
+                f" {entry['average']}."
+            )
     folders = {_folder_name(name) for name in variants}
     if len(folders) != len(variants):
         raise ValueError(f"{path}: the names of variants must differ in letters and digits.")
@@ -178,13 +207,8 @@ class Sweep:
         if not path.exists():
             if not run:
                 return None
-            num_steps = self._num_steps(variant)
-            if not (folder / "trained.json").exists():
-                self._train(folder, variant.recipe, seed, num_steps)
-                # In the training loop, in all launches together.
-                seconds = read_manifest(newest_checkpoint(folder / "checkpoints"))["facts"]["seconds"]
-                write_text(folder / "trained.json", json.dumps({"seconds": round(seconds, 1)}) + "\n")
-            pixel_values = self._draw(variant, folder)
+            num_steps = self._finish(variant, seed)
+            pixel_values = self._draw(variant, seed)
             measures = self.yardstick.measure(pixel_values)
             record = {metric: _value(measures[metric]) for metric in METRICS}
             shown = [
@@ -193,7 +217,11 @@ class Sweep:
             ]
             save_png(make_strip(shown[:NUM_SHOWN]), path.with_suffix(".png"), {"variant": name, "seed": seed})
             cost = {"num_steps": num_steps, "tflop": num_steps * count_flop(variant.recipe) / 1e12}
-            write_text(path, json.dumps(record | cost | json.loads((folder / "trained.json").read_text())) + "\n")
+            cost |= json.loads((folder / "trained.json").read_text())
+            if variant.guide is not None:  # whose training is a part of the cost
+                guide = self.record(variant.guide, seed)
+                cost |= {key: cost[key] + guide[key] for key in ("tflop", "seconds")}
+            write_text(path, json.dumps(record | cost) + "\n")
         return json.loads(path.read_text())
 
     @property
@@ -208,9 +236,24 @@ class Sweep:
         with Image.open(self._record_path(self.variants[name], seed).with_suffix(".png")) as image:
             return image.convert("RGB")
 
-    def _draw(self, variant: Variant, folder: Path) -> np.ndarray:
+    def _finish(self, variant: Variant, seed: int) -> int:
+        """Trains what is not trained yet, and returns the number of steps."""
+        folder, num_steps = self._run_folder(variant, seed), self._num_steps(variant)
+        if not (folder / "trained.json").exists():
+            self._train(folder, variant.recipe, seed, num_steps)
+            # In the training loop, in all launches together.
+            seconds = read_manifest(newest_checkpoint(folder / "checkpoints"))["facts"]["seconds"]
+            write_text(folder / "trained.json", json.dumps({"seconds": round(seconds, 1)}) + "\n")
+        return num_steps
+
+    def _draw(self, variant: Variant, seed: int) -> np.ndarray:
         """Draws all images that are measured, from the same seeds for every row: uint8 (N, 3, H, W)."""
-        pipeline = load_pipeline(folder / "pipeline", device=_device())
+        guide = None
+        if variant.guide is not None:
+            self._finish(self.variants[variant.guide], seed)
+            guide = self._run_folder(self.variants[variant.guide], seed) / "pipeline"
+        name = "pipeline" if variant.average is None else f"pipeline-{variant.average}"
+        pipeline = load_pipeline(self._run_folder(variant, seed) / name, device=_device(), guide=guide)
         pipeline.set_progress_bar_config(disable=True)
         labels = self.yardstick.drawn_labels
         call = {key: tuple(value) if isinstance(value, list) else value for key, value in variant.call.items()}
@@ -218,13 +261,13 @@ class Sweep:
         return (images.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 3, 1, 2)
 
     def _record_path(self, variant: Variant, seed: int) -> Path:
-        name = f"{_folder_name(variant.name)}-{self._measure}-{_digest(variant.call)}.json"
+        name = f"{_folder_name(variant.name)}-{self._measure}-{_digest(variant.drawing)}.json"
         return self._run_folder(variant, seed) / "records" / name
 
     def _num_steps(self, variant: Variant) -> int:
         """Says how many steps a variant may take."""
         if self.minutes is None:
-            return max(1, round(self.tflop * 1e12 / count_flop(variant.recipe)))
+            return max(1, round(variant.share * self.tflop * 1e12 / count_flop(variant.recipe)))
         path = self.out / "trials" / f"{_folder_name(variant.trained_as)}-{_digest(variant.recipe)}.json"
         if not path.exists():
             folder = path.with_suffix("")
@@ -233,10 +276,12 @@ class Sweep:
             speed = json.loads(lines[-1])["images_per_second"]
             write_text(path, json.dumps({"images_per_second": speed}) + "\n")
         speed = json.loads(path.read_text())["images_per_second"]
-        return max(1, round(60 * self.minutes * speed / images_a_step(variant.recipe)))
+        return max(1, round(60 * variant.share * self.minutes * speed / images_a_step(variant.recipe)))
 
     def _run_folder(self, variant: Variant, seed: int) -> Path:
         cost = f"{self.tflop:g}-tflop" if self.minutes is None else f"{self.minutes:g}-minutes"
+        if variant.share != 1:
+            cost = f"{variant.share:g}-of-{cost}"
         return self.out / "runs" / cost / f"{_folder_name(variant.trained_as)}-{_digest(variant.recipe)}-{seed}"
 
     def _train(self, folder: Path, recipe: dict[str, Any], seed: int, num_steps: int) -> None:
@@ -414,7 +459,10 @@ def write_results(sweep: Sweep, arguments: argparse.Namespace) -> None:
         "judge": arguments.judge,
         "num_images": len(sweep.yardstick.drawn_labels),
         "real_images": real,
-        "recipes": {name: variant.recipe | {"call": variant.call} for name, variant in sweep.variants.items()},
+        "recipes": {
+            name: variant.recipe | {"call": variant.drawing, "share": variant.share}
+            for name, variant in sweep.variants.items()
+        },
         "rows": rows,
         "missing": missing,
         "command": shlex.join(["python", *sys.argv]),

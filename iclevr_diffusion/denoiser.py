@@ -5,18 +5,31 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
 from iclevr_diffusion.config import option
 from iclevr_diffusion.models.unet_multilabel import MultiLabelUNet2DModel
 from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
-from iclevr_diffusion.training_data import DataConfig
+from iclevr_diffusion.training_data import DataConfig, check_sizes
 
 # The arguments of each network that are options of a run; none leaves an argument as the network or the preset has it.
 ARCHITECTURE = {
-    "unet2d": ("patch_size", "block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim"),
+    "unet2d": (
+        "patch_size",
+        "block_out_channels",
+        "layers_per_block",
+        "attention_levels",
+        "attention_head_dim",
+        "label_encoding",
+    ),
     "small": ("base_channels", "num_levels", "label_injection", "use_label_embedding", "use_time_embedding"),
 }
 # The options that a run must leave alone, as they are those of the other network.
@@ -31,12 +44,15 @@ class DenoiserConfig(DataConfig):
     network: Literal["unet2d", "small"] = option(
         "unet2d", "diffusers' U-Net, or a small one around a code of few cells"
     )
-    preset: Literal["reported", "base", "tiny"] = option("tiny", "size of unet2d; the next five fields change parts")
+    preset: Literal["reported", "base", "tiny"] = option("tiny", "size of unet2d; the next six fields change parts")
     patch_size: int | None = option(None, "side of the squares of pixels that are folded into channels")
     block_out_channels: tuple[int, ...] | None = option(None, "channels per level, finest first")
     layers_per_block: int | None = option(None, "residual blocks per level")
     attention_levels: tuple[int, ...] | None = option(None, "levels with self-attention, 0 the finest")
     attention_head_dim: int | None = option(None, "channels of an attention head")
+    label_encoding: Literal["linear", "tokens"] | None = option(
+        None, "of unet2d: labels are added to the time (linear, if not given), or attended to as tokens"
+    )
     base_channels: int | None = option(None, "of small: channels of the finest level, 256 if not given")
     num_levels: int | None = option(None, "of small: levels below the finest, 2 if not given")
     label_injection: Literal["film", "early"] | None = option(
@@ -48,10 +64,12 @@ class DenoiserConfig(DataConfig):
     use_time_embedding: bool | None = option(None, "of small: whether it looks at the time, as it does if not given")
     gradient_checkpointing: bool = option(False, "save memory of unet2d, for a third more time")
 
-    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] = option("flow", "what the network predicts")
-    beta_schedule: BetaSchedule = option("squaredcos_cap_v2", "noise schedule, where not flow")
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow", "edm"] = option(
+        "flow", "what the network predicts; edm is the preconditioned one of Karras et al."
+    )
+    beta_schedule: BetaSchedule = option("squaredcos_cap_v2", "noise schedule, where not flow or edm")
     num_train_timesteps: int = option(1000, "steps of the noise schedule; a flow's times are always counted in 1000")
-    sampler: Literal["ddpm", "ddim"] = option("ddim", "scheduler that is saved, where not flow", may_change=True)
+    sampler: Literal["ddpm", "ddim"] = option("ddim", "scheduler saved, where not flow or edm", may_change=True)
     time_shift: float = option(4.0, "above 1, times (and a flow's sampling steps) move towards noise")
 
     def __post_init__(self) -> None:
@@ -65,12 +83,18 @@ class DenoiserConfig(DataConfig):
                 )
         if self.num_train_timesteps < 1:
             raise ValueError(f"`num_train_timesteps` must be at least 1, got {self.num_train_timesteps}.")
-        if self.prediction_type == "flow" and self.num_train_timesteps != 1000:
+        if self.prediction_type in ("flow", "edm") and self.num_train_timesteps != 1000:
             raise ValueError(
-                f"`num_train_timesteps` must be 1000 where `prediction_type` is flow, got {self.num_train_timesteps}."
+                f"`num_train_timesteps` must be 1000 where `prediction_type` is {self.prediction_type}, got"
+                f" {self.num_train_timesteps}."
+            )
+        if self.prediction_type == "edm" and self.network == "small":
+            raise ValueError(
+                "`prediction_type` must not be edm for the network small, which counts its times, got edm."
             )
         if not 0 < self.time_shift < float("inf"):
             raise ValueError(f"`time_shift` must be positive and finite, got {self.time_shift}.")
+        check_sizes(lambda: make_denoiser(self, 1, 1, null_condition=False, empty_condition=False))
 
 
 def make_denoiser(
@@ -117,9 +141,15 @@ def choose_attention(unet: nn.Module, device: torch.device, mixed_precision: str
 
 
 def make_scheduler(config: DenoiserConfig) -> SchedulerMixin:
-    """Makes the scheduler that samples from the network; where it is not a flow's, its `alphas_cumprod` train it too."""
+    """Makes the scheduler that samples from the network; but for a flow or EDM, its `alphas_cumprod` train it too.
+
+    EDM's noise levels are those of Karras et al. (2022), table 1, divided by their `sigma_data` of .5, as ours is 1; its
+    steps are of DPM-Solver++ (Lu et al., 2022, https://arxiv.org/abs/2211.01095), which asks the network once a step.
+    """
     if config.prediction_type == "flow":
         return FlowMatchEulerDiscreteScheduler(shift=config.time_shift)
+    if config.prediction_type == "edm":
+        return EDMDPMSolverMultistepScheduler(sigma_min=0.004, sigma_max=160.0, sigma_data=1.0, rho=7.0)
     scheduler_class = DDPMScheduler if config.sampler == "ddpm" else DDIMScheduler
     return scheduler_class(
         num_train_timesteps=config.num_train_timesteps,

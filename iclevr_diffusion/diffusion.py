@@ -1,11 +1,16 @@
 """Times, noise, targets and weights of a denoising loss, as pure functions of tensors.
 
 All schedules are one formula, `x_t = alpha * x_0 + sigma * noise`, with `alpha` and `sigma` of shape (B, 1, 1, 1).
+
+So is that of *Elucidating the Design Space of Diffusion-Based Generative Models* (Karras et al., 2022,
+https://arxiv.org/abs/2206.00364), here `edm`. Its images `x_0 + s * noise` reach the network times `c_in`, which is
+`1 / sqrt(s^2 + 1)` for standardized images, whose `sigma_data` is 1: hence `alpha = c_in` and `sigma = s * c_in`.
 """
 
 from typing import Literal
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 
@@ -23,7 +28,8 @@ def sample_times(
         batch_size: Number of times.
         sampling: `uniform`, or `logit-normal` for the sigmoid of standard normal numbers, which favours the middle:
             *Scaling Rectified Flow Transformers for High-Resolution Image Synthesis* (Esser et al., 2024,
-            https://arxiv.org/abs/2403.03206), eq. 19.
+            https://arxiv.org/abs/2403.03206), eq. 19. As `s = t / (1 - t)` is noise over signal, this is EDM's
+            log-normal s, `ln s ~ N(P_mean, P_std^2)`, with `P_std = 1` and, by the shift, `P_mean = ln(shift)`.
         shift: The times are moved towards noise by `shift_times`; 1 leaves them alone.
         device: Where the times are made.
         generator: Source of the draws.
@@ -54,27 +60,46 @@ def shift_times(times: Tensor, shift: float) -> Tensor:
     return shift * times / (1 + (shift - 1) * times)
 
 
-def noise_levels(times: Tensor, alphas_cumprod: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Places times (B,) in [0, 1) on a noise schedule.
+def path_of(
+    prediction_type: str, scheduler: SchedulerMixin, device: torch.device | str = "cpu"
+) -> Tensor | Literal["flow", "edm"]:
+    """Returns the way from image to noise that a network knows, as `noise_levels` takes it.
 
     Args:
-        times: The times.
-        alphas_cumprod: The products (T,) of a variance-preserving schedule, as diffusers' schedulers hold them, for
-            *Denoising Diffusion Probabilistic Models* (Ho et al., 2020, https://arxiv.org/abs/2006.11239), eq. 4; `None`
-            is the straight path of *Flow Matching for Generative Modeling* (Lipman et al., 2023,
-            https://arxiv.org/abs/2210.02747), `alpha = 1 - t` and `sigma = t`.
+        prediction_type: What the network predicts.
+        scheduler: A scheduler of diffusers that samples from it.
+        device: Where a schedule is wanted.
+    """
+    return prediction_type if prediction_type in ("flow", "edm") else scheduler.alphas_cumprod.to(device)
+
+
+def noise_levels(times: Tensor, path: Tensor | Literal["flow", "edm"] = "flow") -> tuple[Tensor, Tensor, Tensor]:
+    """Places times (B,) in [0, 1) on the way from image to noise.
+
+    Args:
+        times: The times; above 0 for `edm`.
+        path: The products (T,) of a variance-preserving schedule, as diffusers' schedulers hold them in
+            `alphas_cumprod`, for *Denoising Diffusion Probabilistic Models* (Ho et al., 2020,
+            https://arxiv.org/abs/2006.11239), eq. 4; `flow` is the straight path of *Flow Matching for Generative
+            Modeling* (Lipman et al., 2023, https://arxiv.org/abs/2210.02747), `alpha = 1 - t` and `sigma = t`; `edm` has
+            the noise `s = t / (1 - t)` of Karras et al. (2022), table 1.
 
     Returns:
-        The network's timesteps (B,), whole numbers from 0 to T - 1 or, on the straight path, 1000 t; `alpha` and `sigma`.
+        The network's timesteps (B,): whole numbers from 0 to T - 1, on the straight path 1000 t, for `edm`
+        `c_noise = ln(s) / 4`; `alpha` and `sigma`.
     """
-    if alphas_cumprod is None:
-        sigma = times.view(-1, 1, 1, 1)
-        return 1000 * times, 1 - sigma, sigma
-    num_train_timesteps = len(alphas_cumprod)
-    # A time next to 1 can be rounded up to it.
-    timesteps = (num_train_timesteps * times).long().clamp(max=num_train_timesteps - 1)
-    alpha_squared = alphas_cumprod.to(times.device)[timesteps].view(-1, 1, 1, 1)
-    return timesteps, alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+    if isinstance(path, Tensor):
+        num_train_timesteps = len(path)
+        # A time next to 1 can be rounded up to it.
+        timesteps = (num_train_timesteps * times).long().clamp(max=num_train_timesteps - 1)
+        alpha_squared = path.to(times.device)[timesteps].view(-1, 1, 1, 1)
+        return timesteps, alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+    sigma = times.view(-1, 1, 1, 1)
+    alpha = 1 - sigma
+    if path == "flow":
+        return 1000 * times, alpha, sigma
+    length = torch.hypot(alpha, sigma)  # 1 / sqrt(s^2 + 1) and s / sqrt(s^2 + 1), without an s that may be large
+    return times.logit() / 4, alpha / length, sigma / length
 
 
 def add_noise(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -87,7 +112,10 @@ def training_target(prediction_type: str, x_0: Tensor, noise: Tensor, alpha: Ten
 
     `epsilon`: the noise; `sample`: x_0; `v_prediction`: `alpha * noise - sigma * x_0` of *Progressive Distillation for
     Fast Sampling of Diffusion Models* (Salimans and Ho, 2022, https://arxiv.org/abs/2202.00512), appendix D;
-    `flow`: the velocity `noise - x_0` of Lipman et al. (2023), which belongs to the straight path.
+    `flow`: the velocity `noise - x_0` of Lipman et al. (2023), which belongs to the straight path; `edm`: what F must be
+    in eq. 7 of Karras et al. (2022), `D(x; s) = c_skip x + c_out F(c_in x; c_noise)`, so that D is x_0. For a
+    `sigma_data` of 1 it is `sigma * x_0 - alpha * noise`, the negative of v, and EDM's weight of the error of D,
+    `1 / c_out^2` (its eq. 8), is a weight of 1 of the error of F.
 
     Raises:
         ValueError: If `prediction_type` is none of them.
@@ -100,8 +128,10 @@ def training_target(prediction_type: str, x_0: Tensor, noise: Tensor, alpha: Ten
         return alpha * noise - sigma * x_0
     if prediction_type == "flow":
         return noise - x_0
+    if prediction_type == "edm":
+        return sigma * x_0 - alpha * noise
     raise ValueError(
-        f"`prediction_type` must be `epsilon`, `sample`, `v_prediction` or `flow`, got {prediction_type!r}."
+        f"`prediction_type` must be `epsilon`, `sample`, `v_prediction`, `flow` or `edm`, got {prediction_type!r}."
     )
 
 
@@ -110,9 +140,10 @@ def min_snr_weight(prediction_type: str, alpha: Tensor, sigma: Tensor, gamma: fl
 
     *Efficient Diffusion Training via Min-SNR Weighting Strategy* (Hang et al., 2023, https://arxiv.org/abs/2303.09556)
     weights the error of x_0 by `min(SNR, gamma)` with `SNR = alpha^2 / sigma^2`. An error e of x_0 is an error
-    `alpha / sigma * e` of epsilon and `e / sigma` of v (there `alpha^2 + sigma^2 = 1`) and of the flow's velocity, hence
-    `min(SNR, gamma) / SNR` for epsilon and `min(SNR, gamma) * sigma^2` for the other two. The latter is the paper's
-    `min(SNR, gamma) / (SNR + 1)` for v; for the flow, which the paper does not treat, it is ours.
+    `alpha / sigma * e` of epsilon and `e / sigma` of v (there `alpha^2 + sigma^2 = 1`), of EDM's F, which is -v, and of
+    the flow's velocity, hence `min(SNR, gamma) / SNR` for epsilon and `min(SNR, gamma) * sigma^2` for the other three.
+    The latter is the paper's `min(SNR, gamma) / (SNR + 1)` for v; for the flow, which the paper does not treat, it is
+    ours.
 
     Raises:
         ValueError: If `prediction_type` is unknown, or `gamma` is not positive.
@@ -122,10 +153,10 @@ def min_snr_weight(prediction_type: str, alpha: Tensor, sigma: Tensor, gamma: fl
     alpha_squared, sigma_squared = alpha.square(), sigma.square()
     if prediction_type == "epsilon":  # written so that SNR = 0 gives 1, its limit
         return (gamma * sigma_squared / alpha_squared).clamp(max=1)
-    if prediction_type in ("v_prediction", "flow"):  # ... and SNR = infinity gives 0
+    if prediction_type in ("v_prediction", "edm", "flow"):  # ... and SNR = infinity gives 0
         return torch.minimum(alpha_squared, gamma * sigma_squared)
     if prediction_type == "sample":
         return (alpha_squared / sigma_squared).clamp(max=gamma)
     raise ValueError(
-        f"`prediction_type` must be `epsilon`, `sample`, `v_prediction` or `flow`, got {prediction_type!r}."
+        f"`prediction_type` must be `epsilon`, `sample`, `v_prediction`, `flow` or `edm`, got {prediction_type!r}."
     )

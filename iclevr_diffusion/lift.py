@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import LongTensor, Tensor
 
-from iclevr_diffusion.diffusion import add_noise, noise_levels, training_target
+from iclevr_diffusion.diffusion import add_noise, noise_levels, path_of, training_target
 from iclevr_diffusion.pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline
 
 NUM_DRAWS = 8  # of time and noise, at which the losses of an image are taken
@@ -41,7 +41,7 @@ def measure_lift(
     """
     unet, device = pipeline.unet, pipeline.device
     dtype = next(unet.parameters()).dtype
-    alphas_cumprod = None if unet.config.prediction_type == "flow" else pipeline.scheduler.alphas_cumprod
+    path = path_of(unet.config.prediction_type, pipeline.scheduler, device)
     times = (torch.arange(num_draws) + 0.5) / num_draws
     noises = torch.randn((num_draws, *pixel_values.shape[1:]), generator=torch.Generator().manual_seed(0))
     lifts = torch.empty(len(pixel_values))
@@ -53,7 +53,7 @@ def measure_lift(
             x_0 = unet.standardize(torch.from_numpy(pixel_values[chunk.images.numpy()]).to(device) / 127.5 - 1)
             signed = torch.zeros(len(chunk.weights), len(rows), device=device)
             for time, noise in zip(times, noises, strict=True):
-                timesteps, alpha, sigma = noise_levels(time.to(device).expand(len(rows)), alphas_cumprod)
+                timesteps, alpha, sigma = noise_levels(time.to(device).expand(len(rows)), path)
                 noise = noise.to(device).expand_as(x_0)
                 x_t = add_noise(x_0, noise, alpha, sigma).to(dtype)
                 prediction = unet(

@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from iclevr_diffusion.distribution import diversity, relative_diversity
+from iclevr_diffusion.files import write_text
 from iclevr_diffusion.images import make_grid, save_png
 from iclevr_diffusion.judging import load_judge
 from iclevr_diffusion.scores import top_k_hits
@@ -104,31 +106,61 @@ class Validation:
         if self.compared:
             self._measure_diversity()
 
-    @torch.no_grad()
     def score(self) -> None:
         """Has the judge read one image of each condition and keeps the pipeline if it is the best yet.
 
         The score is the course's: of all labels asked for, the share that is among the judge's k highest outputs for an
         image of k labels. The processes share the images out.
         """
+        if self.judge is not None:
+            self.run.keep_best(self._score(self.pipeline), self.pipeline, self.measure)
+
+    def choose(self, pipelines: Mapping[str, DiffusionPipeline]) -> None:
+        """Scores pipelines of one run that differ in their averages, as `score` does, and says which is the best.
+
+        The scores go to `output_dir/averages.json`. Without a judge nothing is scored.
+
+        Args:
+            pipelines: The pipelines, by the folders of `output_dir` in which they are saved.
+        """
         if self.judge is None:
             return
+        scores = {}
+        for name, pipeline in pipelines.items():
+            pipeline.set_progress_bar_config(disable=True)
+            scores[name] = self._score(pipeline)
+        best = max(scores, key=scores.__getitem__)  # of equal ones the first
+        if self.run.accelerator.is_main_process:
+            record = {"step": self.run.step, "measure": self.measure, "scores": scores, "best": best}
+            write_text(self.run.output_dir / "averages.json", json.dumps(record, indent=2) + "\n")
+        listed = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+        self.run.print(f"Validation scores of the averages: {listed}; the best is {self.run.output_dir / best}.")
+
+    @torch.no_grad()
+    def _score(self, pipeline: DiffusionPipeline) -> float:
         accelerator = self.run.accelerator
         total = torch.zeros(2, device=accelerator.device)  # labels found, labels asked for
         ours = list(range(accelerator.process_index, len(self.conditions), accelerator.num_processes))
         if ours:
             conditions = [self.conditions[i] for i in ours]
-            class_labels = self.pipeline.encode_labels(conditions).to(accelerator.device)
-            images = self._images(conditions, ours, "pt").to(accelerator.device)
+            class_labels = pipeline.encode_labels(conditions).to(accelerator.device)
+            images = self._images(conditions, ours, "pt", pipeline).to(accelerator.device)
             logits = self.judge(2 * images - 1).logits
             total += torch.stack([top_k_hits(logits, class_labels).sum(), (class_labels > 0).sum()])
         found, asked = accelerator.reduce(total).tolist()
-        self.run.keep_best(found / asked, self.pipeline, self.measure)
+        return found / asked
 
-    def _images(self, conditions: Sequence[Sequence[str]], seeds: Sequence[int], output_type: str) -> Any:  # noqa: ANN401 -- PIL images, or a tensor
-        labels = {"num_images": len(seeds)} if self.pipeline.vocabulary is None else {"class_labels": conditions}
+    def _images(
+        self,
+        conditions: Sequence[Sequence[str]],
+        seeds: Sequence[int],
+        output_type: str,
+        pipeline: DiffusionPipeline | None = None,
+    ) -> Any:  # noqa: ANN401 -- PIL images, or a tensor
+        pipeline = pipeline or self.pipeline
+        labels = {"num_images": len(seeds)} if pipeline.vocabulary is None else {"class_labels": conditions}
         with self.run.accelerator.autocast():
-            return self.pipeline(**labels, seeds=seeds, output_type=output_type).images
+            return pipeline(**labels, seeds=seeds, output_type=output_type).images
 
     def _find_alike(self, data: TrainingData) -> tuple[list[list[str]], Tensor, Tensor]:
         """Finds the conditions of which most training images show exactly the labels, and some of these images.

@@ -65,3 +65,31 @@ def test_attention_is_plain_in_training_with_bfloat16_on_a_cpu_and_gives_the_sam
         kinds = {type(module.processor) for module in unet.modules() if isinstance(module, Attention)}
         assert kinds == {AttnProcessor if is_plain else AttnProcessor2_0}
         assert_close(unet(sample, 500, class_labels).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_edm_is_drawn_by_its_own_scheduler_at_the_papers_noise():
+    scheduler = make_scheduler(DenoiserConfig(prediction_type="edm"))
+    scheduler.set_timesteps(18)
+    # Eq. 5 of the paper for 18 steps, from 80 to .002 at a sigma_data of .5; twice that at 1.
+    expected = [(160 ** (1 / 7) + i / 17 * (0.004 ** (1 / 7) - 160 ** (1 / 7))) ** 7 for i in range(18)]
+    assert_close(scheduler.sigmas.double(), torch.tensor([*expected, 0.0], dtype=torch.float64), rtol=1e-4, atol=1e-6)
+    assert scheduler.config.sigma_data == 1 and scheduler.config.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prediction_type": "edm", "network": "small"}, "`prediction_type` must not be edm for the network small"),
+        ({"prediction_type": "edm", "num_train_timesteps": 500}, "`num_train_timesteps` must be 1000 where .* edm"),
+        ({"label_encoding": "tokens", "network": "small"}, "`label_encoding` must be left out for the network small"),
+    ],
+)
+def test_options_that_a_network_lacks_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DenoiserConfig(**fields)
+
+
+def test_labels_become_tokens_where_they_are_asked_for():
+    fields = {"block_out_channels": (8, 16), "attention_levels": (1,), "attention_head_dim": 8}
+    assert make(**fields).config.label_encoding == "linear"
+    assert make(**fields, label_encoding="tokens").config.label_encoding == "tokens"

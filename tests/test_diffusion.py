@@ -4,10 +4,12 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 from torch.testing import assert_close
 
+from iclevr_diffusion.denoiser import DenoiserConfig, make_scheduler
 from iclevr_diffusion.diffusion import (
     add_noise,
     min_snr_weight,
     noise_levels,
+    path_of,
     sample_times,
     shift_times,
     training_target,
@@ -17,8 +19,11 @@ TIMES = torch.tensor([0.0, 0.1, 0.5, 0.9, 0.999])
 
 
 def levels(schedule):
-    alphas_cumprod = None if schedule == "flow" else DDPMScheduler(beta_schedule=schedule).alphas_cumprod
-    return noise_levels(TIMES, alphas_cumprod)
+    return noise_levels(TIMES, path_of_schedule(schedule))
+
+
+def path_of_schedule(schedule):
+    return schedule if schedule in ("flow", "edm") else DDPMScheduler(beta_schedule=schedule).alphas_cumprod
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2", "sigmoid"])
@@ -58,6 +63,54 @@ def test_epsilon_is_the_noise_and_sample_the_image():
         training_target("velocity", x_0, noise, *levels("linear")[1:])
 
 
+def preconditioning(s):
+    """Table 1 of Karras et al. (2022), last column, for standardized images: c_skip, c_out, c_in and c_noise."""
+    return 1 / (s**2 + 1), s / (s**2 + 1).sqrt(), 1 / (s**2 + 1).sqrt(), s.log() / 4
+
+
+def test_edm_is_the_preconditioning_of_its_paper():
+    s = torch.tensor([0.004, 0.5, 1.0, 7.0, 160.0], dtype=torch.float64)
+    c_skip, c_out, c_in, c_noise = (part.view(-1, 1, 1, 1) for part in preconditioning(s))
+    x_0, noise = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64)
+    timesteps, alpha, sigma = noise_levels(s / (1 + s), "edm")
+    assert_close(timesteps, c_noise.flatten())
+    noisy = x_0 + s.view(-1, 1, 1, 1) * noise
+    assert_close(add_noise(x_0, noise, alpha, sigma), c_in * noisy)
+    target = training_target("edm", x_0, noise, alpha, sigma)
+    assert_close(target, (x_0 - c_skip * noisy) / c_out)  # eq. 8
+    # Its weight of the error of D = c_skip x + c_out F, lambda = (s^2 + 1) / s^2, weighs the errors of F alike.
+    prediction = torch.randn_like(target)
+    error = (c_skip * noisy + c_out * prediction - x_0).square() * ((s**2 + 1) / s**2).view(-1, 1, 1, 1)
+    assert_close(error, (prediction - target).square())
+
+
+def test_edms_noise_is_log_normal_around_the_shift():
+    times = sample_times(20_000, "logit-normal", shift=3.0, generator=torch.Generator().manual_seed(0))
+    logarithms = 4 * noise_levels(times, "edm")[0]
+    assert abs(logarithms.mean() - torch.tensor(3.0).log()) < 0.03 and abs(logarithms.std() - 1) < 0.03
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_scheduler_of_diffusers_turns_the_edm_target_into_the_image(steps):
+    scheduler = make_scheduler(DenoiserConfig(prediction_type="edm"))
+    scheduler.set_timesteps(steps)
+    x_0, noise = torch.randn(2, 1, 3, 4, 4)
+    sample = x_0 + scheduler.sigmas[0] * noise
+    for t, s in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+        timesteps, alpha, sigma = noise_levels((s / (1 + s)).view(1), "edm")
+        assert_close(t, timesteps[0], atol=1e-3, rtol=1e-4)
+        seen = scheduler.scale_model_input(sample, t)
+        assert_close(seen, add_noise(x_0, noise, alpha, sigma), atol=1e-4, rtol=1e-4)
+        sample = scheduler.step(training_target("edm", x_0, noise, alpha, sigma), t, sample).prev_sample
+    assert_close(sample, x_0, atol=1e-3, rtol=1e-3)
+
+
+def test_each_network_knows_its_own_path():
+    scheduler = DDPMScheduler()
+    assert path_of("flow", scheduler) == "flow" and path_of("edm", scheduler) == "edm"
+    assert torch.equal(path_of("epsilon", scheduler), scheduler.alphas_cumprod)
+
+
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_weights_are_those_of_the_paper(gamma):
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
@@ -66,17 +119,17 @@ def test_min_snr_weights_are_those_of_the_paper(gamma):
     capped = snr.clamp(max=gamma)
     assert_close(min_snr_weight("epsilon", alpha, sigma, gamma), capped / snr)
     assert_close(min_snr_weight("v_prediction", alpha, sigma, gamma), capped / (snr + 1))
+    assert_close(min_snr_weight("edm", alpha, sigma, gamma), capped / (snr + 1))  # F is -v
     assert_close(min_snr_weight("sample", alpha, sigma, gamma), capped)
 
 
 @pytest.mark.parametrize(
     ("prediction_type", "schedule"),
-    [("epsilon", "linear"), ("v_prediction", "linear"), ("sample", "linear"), ("flow", "flow")],
+    [("epsilon", "linear"), ("v_prediction", "linear"), ("sample", "linear"), ("flow", "flow"), ("edm", "edm")],
 )
 def test_every_target_weighs_the_same_error_of_the_image_alike(prediction_type, schedule):
     times = torch.tensor([0.1, 0.4, 0.7])
-    alphas_cumprod = None if schedule == "flow" else DDPMScheduler(beta_schedule=schedule).alphas_cumprod
-    alpha, sigma = (level.double() for level in noise_levels(times, alphas_cumprod)[1:])
+    alpha, sigma = (level.double() for level in noise_levels(times, path_of_schedule(schedule))[1:])
     x_0, noise, error = torch.randn(3, 3, 3, 4, 4, dtype=torch.float64)
     x_t = add_noise(x_0, noise, alpha, sigma)
     wrong_x_0 = x_0 + error
@@ -87,7 +140,7 @@ def test_every_target_weighs_the_same_error_of_the_image_alike(prediction_type, 
     assert_close(weighted, (alpha / sigma).square().clamp(max=5.0) * error.square())
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow", "edm"])
 def test_weights_stay_finite_at_both_ends(prediction_type):
     alpha, sigma = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
     weight = min_snr_weight(prediction_type, alpha, sigma)

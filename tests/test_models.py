@@ -3,9 +3,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
 from torch.testing import assert_close
 
 from iclevr_diffusion import MultiLabelUNet2DModel
+from iclevr_diffusion.judging import weights_sha256
 from iclevr_diffusion.models.unet_multilabel import PRESETS
 
 TINY = {
@@ -34,6 +36,9 @@ MODELS: dict[str, Callable[[], MultiLabelUNet2DModel]] = {
     "folded": lambda: make_unet(patch_size=4, norm_num_groups=4),
     "with a null row": lambda: make_unet(null_condition=True, patch_size=2),
     "gray": lambda: make_unet(in_channels=1),
+    "of tokens": lambda: make_unet(label_encoding="tokens"),
+    "of tokens with a null row": lambda: make_unet(label_encoding="tokens", null_condition=True, patch_size=2),
+    "preconditioned": lambda: make_unet(prediction_type="edm"),
     "with transparency": lambda: make_unet(in_channels=4, sample_size=24),
 }
 
@@ -99,6 +104,73 @@ def test_the_null_mask_takes_the_null_row_in_place_of_the_labels():
     assert_close(masked[1], unet(sample, timestep, class_labels).sample[1])
     empty = unet(sample, timestep, torch.zeros_like(class_labels)).sample
     assert not torch.allclose(empty[0], masked[0])
+
+
+def make_token_unet(**kwargs):
+    unet = make_unet(label_encoding="tokens", null_condition=True, **kwargs).eval()
+    for embedding in (unet.null_embedding, unet.set_embedding):
+        torch.nn.init.normal_(embedding)
+    return unet
+
+
+def test_the_image_attends_to_the_tokens_of_its_labels_alone():
+    unet = make_token_unet()
+    sample, timestep, _ = make_inputs()
+    class_labels = torch.tensor([[1.0, 0, 1, 0, 0], [0, 0, 0, 0, 0]])
+    before = unet(sample, timestep, class_labels).sample
+    unet.class_embedding.weight.data[:, [1, 3, 4]] += 5
+    assert torch.equal(unet(sample, timestep, class_labels).sample, before)
+    unet.class_embedding.weight.data[:, 2] += 5
+    after = unet(sample, timestep, class_labels).sample
+    assert not torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
+
+
+def test_the_order_of_tokens_has_no_effect():
+    unet, other = make_token_unet(), make_token_unet()
+    order = [3, 0, 4, 1, 2]
+    other.class_embedding.weight.data = unet.class_embedding.weight.data[:, order]
+    sample, timestep, _ = make_inputs()
+    class_labels = torch.tensor([[1.0, 0, 1, 0, 1], [0, 1, 0, 1, 0]])
+    expected = unet(sample, timestep, class_labels).sample
+    assert_close(other(sample, timestep, class_labels[:, order]).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_condition_is_a_token_of_its_own():
+    unet = make_token_unet()
+    sample, timestep, class_labels = make_inputs()
+    masked = unet(sample, timestep, class_labels, torch.tensor([True, False])).sample
+    assert_close(masked[0], unet(sample, timestep).sample[0])
+    assert_close(masked[1], unet(sample, timestep, class_labels).sample[1])
+    empty = unet(sample, timestep, torch.zeros_like(class_labels)).sample
+    unet.class_embedding.weight.data += 5
+    assert_close(unet(sample, timestep, class_labels, torch.tensor([True, True])).sample[0], masked[0])
+    assert not torch.allclose(empty[0], masked[0])
+
+
+def test_heads_of_tokens_have_the_width_that_is_asked_for():
+    unet = make_unet(label_encoding="tokens", attention_levels=(0, 1))
+    widths = {module.inner_dim // module.heads for module in unet.modules() if isinstance(module, Attention)}
+    assert widths == {8}
+
+
+def test_times_of_a_preconditioned_network_are_spread_before_they_are_embedded():
+    edm, other = make_unet(prediction_type="edm").eval(), make_unet(prediction_type="v_prediction").eval()
+    sample, _, class_labels = make_inputs()
+    c_noise = torch.tensor([-0.3, 0.7])
+    assert torch.equal(edm(sample, c_noise, class_labels).sample, other(sample, 1000 * c_noise, class_labels).sample)
+    assert torch.equal(
+        edm(sample[:1], 0.7, class_labels[:1]).sample, edm(sample[:1], c_noise[1], class_labels[:1]).sample
+    )
+
+
+def test_linear_labels_leave_an_older_weights_hash_alone():
+    unet = make_unet()
+    assert unet.config.label_encoding == "linear"
+    before = weights_sha256(unet)
+    unet.register_to_config(label_encoding="tokens")
+    assert weights_sha256(unet) != before
+    unet._internal_dict = type(unet.config)({key: unet.config[key] for key in unet.config if key != "label_encoding"})
+    assert weights_sha256(unet) == before
 
 
 def test_folding_keeps_every_pixel_where_the_network_is_the_identity():
@@ -193,6 +265,7 @@ def test_a_preset_takes_other_arguments_and_other_names_are_refused():
         ({"norm_num_groups": 5}, "`block_out_channels` must be multiples of norm_num_groups"),
         ({"attention_head_dim": 24}, "attention_head_dim = 24, got 32"),
         ({"prediction_type": "noise"}, "`prediction_type`"),
+        ({"label_encoding": "text"}, "`label_encoding` must be `linear` or `tokens`, got 'text'"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_way_out(kwargs, message):

@@ -8,6 +8,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -16,7 +17,7 @@ from diffusers import (
 )
 from torch.testing import assert_close
 
-from iclevr_diffusion import ICLEVR_LABELS, ConditionalDDPMPipeline, MultiLabelUNet2DModel
+from iclevr_diffusion import ICLEVR_LABELS, ConditionalDDPMPipeline, MultiLabelUNet2DModel, load_pipeline
 
 LABELS = [["red cube", "blue sphere"], ["gray cylinder"], ["cyan cube"], ["green sphere", "gray cube", "red sphere"]]
 SEEDS = [11, 12, 13, 14]
@@ -27,6 +28,8 @@ SCHEDULERS = {
     "UniPC": UniPCMultistepScheduler(),
     "Euler": EulerDiscreteScheduler(),
     "Heun": HeunDiscreteScheduler(),
+    "EDM DPM-Solver++": EDMDPMSolverMultistepScheduler(sigma_data=1.0),
+    "EDM Euler": EDMEulerScheduler(sigma_data=1.0),
     "flow-matching Euler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     "flow-matching DPM-Solver++": DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
@@ -68,7 +71,8 @@ def draw(pipeline, labels=LABELS, seeds=SEEDS, num_inference_steps=3, output_typ
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_every_scheduler_draws_the_same_image_for_the_same_seed_wherever_it_stands(name, guidance_scale):
-    pipeline = make_pipeline("flow" if "flow" in name else "epsilon", SCHEDULERS[name])
+    prediction_type = "flow" if "flow" in name else "edm" if "EDM" in name else "epsilon"
+    pipeline = make_pipeline(prediction_type, SCHEDULERS[name])
     kwargs = {"guidance_scale": guidance_scale, "micro_batch_size": 3}
     images = draw(pipeline, **kwargs)
     assert images.shape == (4, 3, 16, 16)
@@ -128,6 +132,23 @@ def test_guidance_acts_only_inside_its_interval(pipeline):
     partly = draw(pipeline, guidance_scale=3.0, guidance_interval=(0.0, 0.4))
     assert not torch.equal(partly, plain)
     assert not torch.equal(partly, guided)
+
+
+def test_other_steps_than_a_student_has_learned_are_warned_of_and_drawn(pipeline, tmp_path, recwarn):
+    expected = draw(pipeline)
+    parts = (pipeline.unet, pipeline.scheduler, ICLEVR_LABELS.names)
+    student = ConditionalDDPMPipeline(*parts, default_num_inference_steps=2, student_num_inference_steps=2)
+    student.save_pretrained(tmp_path)
+    for opened in (student, load_pipeline(tmp_path)):
+        opened.set_progress_bar_config(disable=True)
+        opened(LABELS[:1], seeds=[0])
+        opened(LABELS[:1], seeds=[0], num_inference_steps=2)
+        assert not [warning for warning in recwarn if "num_inference_steps" in str(warning.message)]
+        with pytest.warns(UserWarning, match="should be 2 for this student, .* got 3: with fewer") as caught:
+            assert torch.equal(draw(opened), expected)
+        assert caught[0].filename == __file__  # where the call is, not inside of the package
+    pipeline(LABELS[:1], seeds=[0], num_inference_steps=2)
+    assert not [warning for warning in recwarn if "num_inference_steps" in str(warning.message)]
 
 
 def test_names_indices_and_matrices_ask_for_the_same_image(pipeline):
@@ -295,6 +316,9 @@ def test_a_model_that_saw_empty_scenes_draws_them():
         ("flow", DDIMScheduler(), "FlowMatchEulerDiscreteScheduler"),
         ("flow", UniPCMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas=True"),
         ("epsilon", EDMEulerScheduler(), "preconditioning"),
+        ("edm", EDMEulerScheduler(), "must have sigma_data=1 .* got EDMEulerScheduler with sigma_data=0.5"),
+        ("edm", EDMEulerScheduler(sigma_data=1.0, prediction_type="v_prediction"), "prediction_type='epsilon'"),
+        ("edm", DDIMScheduler(), "use EDMDPMSolverMultistepScheduler or EDMEulerScheduler with sigma_data=1"),
         ("epsilon", DDIMScheduler(clip_sample=True), "clip_sample=False"),
         ("epsilon", DPMSolverMultistepScheduler(thresholding=True), "thresholding=False"),
     ],
@@ -320,4 +344,104 @@ def test_saving_does_not_upload_the_folder(pipeline, tmp_path):
 
 def test_the_pipeline_is_a_diffusers_pipeline(pipeline):
     assert isinstance(pipeline, diffusers.DiffusionPipeline)
-    assert set(pipeline.components) == {"unet", "scheduler"}
+    assert set(pipeline.components) == {"unet", "scheduler", "guide"} and pipeline.guide is None
+
+
+def test_an_edm_step_of_euler_is_that_of_the_paper():
+    pipeline = make_pipeline("edm", EDMEulerScheduler(sigma_data=1.0, sigma_min=0.1, sigma_max=5.0))
+    unet = pipeline.unet
+    class_labels = pipeline.encode_labels([["red cube"]])
+    pipeline.scheduler.set_timesteps(3)
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(5)) * (5.0**2 + 1) ** 0.5
+    sigmas = [*((5 ** (1 / 7) + i / 2 * (0.1 ** (1 / 7) - 5 ** (1 / 7))) ** 7 for i in range(3)), 0.0]
+    for s, following in zip(sigmas, sigmas[1:], strict=False):
+        c_in, c_skip, c_out = 1 / (s**2 + 1) ** 0.5, 1 / (s**2 + 1), s / (s**2 + 1) ** 0.5
+        with torch.no_grad():
+            f = unet(c_in * x, torch.tensor(s).log() / 4, class_labels).sample
+        denoised = c_skip * x + c_out * f  # eq. 7
+        x = x + (following - s) * (x - denoised) / s  # algorithm 1 without its second order
+    expected = (unet.unstandardize(x) / 2 + 0.5).clamp(0, 1)
+    assert_close(draw(pipeline, [["red cube"]], [5]), expected, atol=1e-4, rtol=0)
+
+
+def make_guide(seed=1, **kwargs):
+    """A network half as wide as that of `make_pipeline`."""
+    torch.manual_seed(seed)
+    sizes = {"patch_size": 2, "block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 8}
+    guide = MultiLabelUNet2DModel(sample_size=16, **sizes, **{"null_condition": True, **kwargs}).eval()
+    torch.nn.init.normal_(guide.class_embedding.weight, std=1.0)
+    guide.set_data_statistics(torch.linspace(-0.3, 0.3, 3 * 16 * 16).reshape(3, 16, 16), 0.2)
+    return guide
+
+
+def with_guide(base, guide):
+    pipeline = ConditionalDDPMPipeline(base.unet, base.scheduler, ICLEVR_LABELS.names, guide=guide)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_autoguidance_leads_away_from_the_guides_prediction_for_the_same_labels(pipeline):
+    guided = with_guide(pipeline, make_guide())
+    class_labels = guided.encode_labels([["red cube"]])
+    ddim = DDIMScheduler(clip_sample=False)
+    ddim.set_timesteps(2)
+    sample = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+    for t in ddim.timesteps:
+        with torch.no_grad():
+            strong, weak = (network(sample, t, class_labels).sample for network in (guided.unet, guided.guide))
+        sample = ddim.step(2.5 * strong - 1.5 * weak, t, sample).prev_sample  # w D_1 + (1 - w) D_0
+    expected = (guided.unet.unstandardize(sample) / 2 + 0.5).clamp(0, 1)
+    images = draw(guided, [["red cube"]], [7], num_inference_steps=2, guidance_scale=2.5)
+    assert_close(images, expected, atol=1e-4, rtol=0)
+
+
+def test_a_guide_has_no_say_where_guidance_is_off_and_all_of_it_at_zero(pipeline):
+    guided = with_guide(pipeline, make_guide())
+    assert torch.equal(draw(guided, guidance_scale=1.0), draw(pipeline, guidance_scale=1.0))
+    alone = ConditionalDDPMPipeline(guided.guide, pipeline.scheduler, ICLEVR_LABELS.names)
+    alone.set_progress_bar_config(disable=True)
+    assert_close(draw(guided, guidance_scale=0.0), draw(alone, guidance_scale=1.0), atol=1e-5, rtol=0)
+
+
+def test_a_guide_that_is_the_network_itself_changes_nothing(pipeline):
+    itself = with_guide(pipeline, pipeline.unet)
+    for labels in (LABELS, ["red cube AND NOT blue sphere", "gray cylinder AND red cube"]):
+        seeds = SEEDS[: len(labels)]
+        expected = draw(pipeline, labels, seeds, guidance_scale=1.0)
+        assert_close(draw(itself, labels, seeds, guidance_scale=3.0), expected, atol=1e-4, rtol=0)
+
+
+def test_a_guide_takes_the_place_of_label_dropout(pipeline):
+    base = make_pipeline(null_condition=False)
+    guided = with_guide(base, make_guide(null_condition=False))
+    assert (draw(guided, guidance_scale=2.0) - draw(base)).abs().max() > 1e-3
+
+
+def test_images_without_a_condition_are_guided_by_a_guide(pipeline):
+    guided = with_guide(pipeline, make_guide())
+    images = draw(guided, None, [1], num_images=1, guidance_scale=2.0)
+    assert (images - draw(pipeline, None, [1], num_images=1)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_classes": 5}, "with num_classes 24, got one with 5"),
+        ({"prediction_type": "v_prediction"}, "with prediction_type 'epsilon', got one with 'v_prediction'"),
+        ({"null_condition": False}, "`guide` must know 'no condition'"),
+    ],
+)
+def test_a_guide_that_does_not_fit_is_refused(pipeline, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        with_guide(pipeline, make_guide(**kwargs))
+
+
+def test_a_guide_of_other_images_is_refused(pipeline):
+    guide = make_guide()
+    guide.set_data_statistics(guide.data_mean + 0.1, 0.2)
+    with pytest.raises(ValueError, match="trained on the same images as `unet`, got one with another data_mean"):
+        with_guide(pipeline, guide)
+    guided = with_guide(pipeline, make_guide())
+    guided.guide.set_data_statistics(guide.data_mean - 0.1, 0.4)
+    with pytest.raises(ValueError, match="got one with another data_std"):
+        draw(guided, guidance_scale=2.0)

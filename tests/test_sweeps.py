@@ -18,6 +18,9 @@ variants:
   base: {}
   wide, slow: {block_out_channels: [16, 16]}
   guided: {trained_as: base, call: {guidance_scale: 3.0, guidance_interval: [0.0, 0.5]}}
+  weak: {block_out_channels: [8, 8], ema_lengths: [0.1], share: 0.2}
+  led away: {trained_as: base, guide: weak, call: {guidance_scale: 3.0}}
+  longer: {trained_as: weak, average: 0.1}
 """
 
 
@@ -54,7 +57,10 @@ def trained(monkeypatch):
         sizes = {"sample_size": 32, "patch_size": 4, "block_out_channels": (8, 16), "attention_head_dim": 8}
         unet = MultiLabelUNet2DModel(**sizes, null_condition=True, prediction_type="flow")
         pipeline = ConditionalDDPMPipeline(unet, FlowMatchEulerDiscreteScheduler(shift=4.0), NAMES, 2)
+        unet.set_data_statistics(torch.tensor(0.0), 1.0)
         pipeline.save_pretrained(folder / "pipeline")
+        torch.nn.init.normal_(unet.class_embedding.bias)
+        pipeline.save_pretrained(folder / "pipeline-0.1")
         (folder / "metrics.jsonl").write_text('{"step": 30, "images_per_second": 10.0}\n')
         save_checkpoint(folder / "checkpoints", num_steps, {}, {"seconds": 60.04})
 
@@ -63,10 +69,14 @@ def trained(monkeypatch):
 
 
 def test_a_list_of_variants_is_read(variants):
-    assert list(variants) == ["base", "wide, slow", "guided"]
+    assert list(variants) == ["base", "wide, slow", "guided", "weak", "led away", "longer"]
     assert variants["wide, slow"].recipe == variants["base"].recipe | {"block_out_channels": [16, 16]}
     assert variants["guided"].recipe == variants["base"].recipe
-    assert [variant.trained_as for variant in variants.values()] == ["base", "wide, slow", "base"]
+    trained_as = ["base", "wide, slow", "base", "weak", "base", "weak"]
+    assert [variant.trained_as for variant in variants.values()] == trained_as
+    assert [variant.share for variant in variants.values()] == [1, 1, 1, 0.2, 1, 0.2]
+    assert variants["led away"].drawing == {"guidance_scale": 3.0, "guide": "weak"}
+    assert variants["longer"].drawing == {"average": 0.1}
 
 
 def test_the_list_that_comes_along_names_trainings_that_the_script_takes():
@@ -87,6 +97,9 @@ def test_the_list_that_comes_along_names_trainings_that_the_script_takes():
         ("variants: {}", "must hold `base` and `variants`"),
         ("{base: {}, variants: {a: {trained_as: b, call: {}}}}", "'a' must have `trained_as`, which names a variant"),
         ("{base: {}, variants: {a: , b: {trained_as: a, seed: 1}}}", "'b' must have `trained_as`"),
+        ("{base: {}, variants: {a: , b: {trained_as: a, guide: c}}}", "'b' must have `trained_as`"),
+        ("{base: {}, variants: {a: , b: {trained_as: a}}}", "'b' must have `trained_as`"),
+        ("{base: {}, variants: {a: , b: {trained_as: a, average: 0.1}}}", "`average` of 'b' must be one of"),
         ("{base: {}, variants: {'a, b': , a b: }}", "must differ in letters and digits"),
     ],
 )
@@ -124,6 +137,20 @@ def test_a_row_is_trained_and_measured_once_and_shared_by_other_ways_of_drawing(
     # Another budget is another training.
     make_sweep(tflop=10 * flop / 1e12).record("base", 0)
     assert trained[-1][1:] == (0, 10)
+
+
+def test_a_guide_and_an_average_change_the_drawing_and_a_guides_training_is_paid_for(make_sweep, variants, trained):
+    flop = sweeps.count_flop(variants["base"].recipe)
+    sweep = make_sweep(tflop=20 * flop / 1e12)
+    base = sweep.record("base", 0)
+    record = sweep.record("led away", 0)
+    weak_steps = round(0.2 * 20 * flop / sweeps.count_flop(variants["weak"].recipe))
+    assert [steps for _, _, steps in trained] == [20, weak_steps]
+    weak = sweep.record("weak", 0)
+    assert record["tflop"] == pytest.approx(base["tflop"] + weak["tflop"]) and record["seconds"] == 120.0
+    assert record["kernel_distance"] != base["kernel_distance"]
+    assert sweep.record("longer", 0)["kernel_distance"] != weak["kernel_distance"]
+    assert len(trained) == 2
 
 
 def test_minutes_are_turned_into_steps_by_a_trial(make_sweep, trained):
@@ -177,8 +204,8 @@ def test_the_command_writes_a_table_and_lists_what_is_missing(make_sweep, traine
     sweeps.main([*map(str, arguments), "--results", str(results)])
     result = json.loads(results.read_text())
     assert {row["variant"] for row in result["rows"]} == {"base", "guided"}
-    assert result["missing"] == ["wide, slow (seed 0)"]
-    assert "Not run yet: wide, slow (seed 0)." in results.with_suffix(".md").read_text()
+    assert result["missing"] == [f"{name} (seed 0)" for name in ("wide, slow", "weak", "led away", "longer")]
+    assert "Not run yet: wide, slow (seed 0), " in results.with_suffix(".md").read_text()
     assert results.with_suffix(".png").is_file()
     with pytest.raises(SystemExit, match="`only` must name variants of"):
         sweeps.main([*map(str, arguments[:2]), "--only", "no"])

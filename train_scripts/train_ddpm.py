@@ -13,9 +13,9 @@ from iclevr_diffusion.augmentation import random_flip
 from iclevr_diffusion.config import LearningRateSchedule, option, parse_config
 from iclevr_diffusion.data import normalize
 from iclevr_diffusion.denoiser import DenoiserConfig, choose_attention, make_denoiser, make_scheduler
-from iclevr_diffusion.diffusion import add_noise, min_snr_weight, noise_levels, sample_times, training_target
-from iclevr_diffusion.ema import ExponentialMovingAverage
-from iclevr_diffusion.training import TrainingRun, load_weights
+from iclevr_diffusion.diffusion import add_noise, min_snr_weight, noise_levels, path_of, sample_times, training_target
+from iclevr_diffusion.ema import check_lengths, make_averages
+from iclevr_diffusion.training import TrainingRun
 from iclevr_diffusion.training_data import TrainingData
 from iclevr_diffusion.validation import Validation
 
@@ -25,7 +25,7 @@ class DDPMConfig(DenoiserConfig):
     """Trains a conditional diffusion model; without --data it renders its own scenes first."""
 
     flip: bool = option(False, "mirror half of the images")
-    init_from: str | None = option(None, "pipeline or network folder whose weights are the first ones")
+    init_from: str | None = option(None, "pipeline or network, also of other labels, whose weights are the first ones")
     compile: bool = option(False, "compile the network with torch.compile")
     time_sampling: Literal["uniform", "logit-normal"] = option("logit-normal", "how training times are drawn")
     min_snr_gamma: float | None = option(None, "gamma of min-SNR weighting, 5 in its paper; none weighs all alike")
@@ -36,6 +36,7 @@ class DDPMConfig(DenoiserConfig):
     lr_schedule: LearningRateSchedule = option("warmup-stable-decay", "course of the learning rate after the warm-up")
     weight_decay: float = option(0.01, "weight decay of AdamW")
     ema_decay: float = option(0.9995, "decay of the averaged weights, the ones that are saved")
+    ema_lengths: tuple[float, ...] = option((), "more averages to choose from, as shares of the training: 0.05 0.1")
 
     sample_every: int = option(500, "steps or epochs between grids of samples; 0 is never", may_change=True)
     sample_unit: Literal["steps", "epochs"] = option("steps", "what `sample_every` counts", may_change=True)
@@ -50,6 +51,10 @@ class DDPMConfig(DenoiserConfig):
         for name in ("label_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        check_lengths("ema_lengths", self.ema_lengths)
+        if self.prediction_type == "edm" and (self.time_sampling != "logit-normal" or not self.standardize):
+            got = f"{self.time_sampling} and {self.standardize}"
+            raise ValueError(f"`time_sampling` must be logit-normal and `standardize` true for edm, got {got}.")
         if self.min_snr_gamma is not None and not 0 < self.min_snr_gamma < float("inf"):
             raise ValueError(f"`min_snr_gamma` must be positive and finite, got {self.min_snr_gamma}.")
         if self.num_conditions < 1:
@@ -76,12 +81,12 @@ def main(config: DDPMConfig) -> None:
         null_condition=config.label_dropout > 0,
         empty_condition=not data.store.class_labels[data.indices].any(axis=1).all(),
     )
-    if config.init_from is not None and not run.resuming:
-        load_weights(unet, config.init_from, data.store.vocabulary.names)
+    run.start_from(config.init_from, unet, data.store.vocabulary.names)
     # Without standardisation they are reset, since `init_from` brings those of its own data.
     statistics = data.store.statistics(data.indices) if config.standardize else (torch.tensor(0.0), 1.0)
     unet.set_data_statistics(*statistics)
-    ema = run.track(ExponentialMovingAverage(unet, config.ema_decay))
+    averages = make_averages(unet, config.ema_decay, config.ema_lengths)
+    averages = {key: run.track(average, f"ema{key}") for key, average in averages.items()}
     choose_attention(unet, run.accelerator.device, config.mixed_precision)
     if config.compile:
         unet.compile()
@@ -90,11 +95,11 @@ def main(config: DDPMConfig) -> None:
     model, optimizer, lr_scheduler = run.prepare(unet, optimizer, run.lr_scheduler(optimizer))
 
     scheduler = make_scheduler(config)
-    is_flow = config.prediction_type == "flow"
-    alphas_cumprod = None if is_flow else scheduler.alphas_cumprod.to(run.accelerator.device)
-    names, defaults = data.store.vocabulary.names, (config.num_inference_steps, config.guidance_scale)
-    pipeline = ConditionalDDPMPipeline(ema.model, scheduler, names, *defaults)
-    validation = Validation(run, pipeline, data.choose_conditions(config.num_conditions), config.judge, data=data)
+    path = path_of(config.prediction_type, scheduler, run.accelerator.device)
+    parts = (scheduler, data.store.vocabulary.names, config.num_inference_steps, config.guidance_scale)
+    pipelines = {f"pipeline{key}": ConditionalDDPMPipeline(average.model, *parts) for key, average in averages.items()}
+    conditions = data.choose_conditions(config.num_conditions)
+    validation = Validation(run, pipelines["pipeline"], conditions, config.judge, data=data)
     images_a_step = config.batch_size * config.gradient_accumulation_steps * run.accelerator.num_processes
     steps_an_epoch = max(1, round(len(data.indices) / images_a_step))
     sample_every = config.sample_every * (steps_an_epoch if config.sample_unit == "epochs" else 1)
@@ -104,7 +109,7 @@ def main(config: DDPMConfig) -> None:
         x_0 = unet.standardize(random_flip(pixel_values) if config.flip else pixel_values)
         noise = torch.randn_like(x_0)
         times = sample_times(len(x_0), config.time_sampling, shift=config.time_shift, device=x_0.device)
-        timesteps, alpha, sigma = noise_levels(times, alphas_cumprod)
+        timesteps, alpha, sigma = noise_levels(times, path)
         null_mask = torch.rand(len(x_0), device=x_0.device) < config.label_dropout if config.label_dropout else None
         x_t = add_noise(x_0, noise, alpha, sigma)
         prediction = model(x_t, timesteps, class_labels, null_mask).sample.float()
@@ -119,16 +124,21 @@ def main(config: DDPMConfig) -> None:
         optimizer.zero_grad()
         run.log(loss=loss)
         if run.weights_moved:
-            ema.step(unet)
+            for average in averages.values():
+                average.step(unet)
 
         if run.every(sample_every):
             validation.draw()
         if run.every(config.score_every):
             validation.score()
         if run.every(config.save_every) or run.stopping:
-            run.save_pipeline(pipeline)
+            for name, pipeline in pipelines.items():
+                run.save_pipeline(pipeline, name)
 
-    run.save_pipeline(pipeline)
+    for name, pipeline in pipelines.items():
+        run.save_pipeline(pipeline, name)
+    if config.ema_lengths:
+        validation.choose(pipelines)
     run.finish()
 
 

@@ -2,7 +2,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -38,7 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
+LabelEncoding = Literal["linear", "tokens"]
 
 
 class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
@@ -49,6 +50,12 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
     in *Elucidating the Design Space of Diffusion-Based Generative Models* (Karras et al., 2022,
     https://arxiv.org/abs/2206.00364). A row of its own stands for "no condition", as classifier-free guidance needs
     it (Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598), so that "nothing said" and "an empty scene" differ.
+
+    With `label_encoding="tokens"` the labels are tokens instead, one each, to which the image attends at the levels with
+    self-attention and in the middle, as text is in *High-Resolution Image Synthesis with Latent Diffusion Models* (Rombach
+    et al., 2022, https://arxiv.org/abs/2112.10752). Tokens have no order, and those of labels that an image does not have
+    are masked; an entry other than 1 scales its token. One more token is always there: it says that labels are given, or
+    that none are ("no condition"), so that an empty scene has something to attend to.
 
     The network lives in a standardized space: `x_0 = (pixels - mean image) / deviation`, whose statistics are saved
     with the weights. `patch_size` folds squares of pixels into channels around the network, which then works at a
@@ -68,16 +75,20 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
         prediction_type: What the network predicts: `epsilon` (noise), `v_prediction` (Salimans and Ho, 2022,
             https://arxiv.org/abs/2202.00512), `sample` (x_0) or `flow` (the velocity noise - x_0 on the straight path
             x_t = (1 - t) x_0 + t noise with t = timestep / 1000; Lipman et al., 2023,
-            https://arxiv.org/abs/2210.02747).
+            https://arxiv.org/abs/2210.02747) or `edm` (F of eq. 7 of Karras et al., 2022, for a `sigma_data` of 1, given
+            `c_in x` at the timestep `c_noise = ln(sigma) / 4`; diffusers' EDM schedulers hold c_skip, c_out and c_in).
         null_condition: Whether the model has the row for "no condition", which training with label dropout makes.
         empty_condition: Whether the training set had images without any label.
+        label_encoding: `linear` adds the embedding of the labels to that of the time; `tokens` is said above.
 
     Raises:
-        ValueError: If the sizes do not fit each other, or `prediction_type` is unknown.
+        ValueError: If the sizes do not fit each other, or `prediction_type` or `label_encoding` is unknown.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["UNet2DModel"]
+    # What older weights have without saying so; their hash does not change by it.
+    _later_arguments = {"label_encoding": "linear"}
+    _no_split_modules = ["UNet2DModel", "UNet2DConditionModel"]
 
     @register_to_config
     def __init__(
@@ -95,32 +106,57 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
         prediction_type: PredictionType = "epsilon",
         null_condition: bool = False,
         empty_condition: bool = False,
+        label_encoding: LabelEncoding = "linear",
     ) -> None:
         super().__init__()
         num_levels = len(block_out_channels)
         _check_sizes(
             sample_size, patch_size, block_out_channels, attention_levels, attention_head_dim, norm_num_groups
         )
-        if prediction_type not in ("epsilon", "v_prediction", "sample", "flow"):
+        if prediction_type not in ("epsilon", "v_prediction", "sample", "flow", "edm"):
             raise ValueError(
-                f"`prediction_type` must be `epsilon`, `v_prediction`, `sample` or `flow`, got {prediction_type!r}."
+                "`prediction_type` must be `epsilon`, `v_prediction`, `sample`, `flow` or `edm`, got"
+                f" {prediction_type!r}."
             )
+        if label_encoding not in ("linear", "tokens"):
+            raise ValueError(f"`label_encoding` must be `linear` or `tokens`, got {label_encoding!r}.")
         has_attention = [level in attention_levels for level in range(num_levels)]
-        self.unet = UNet2DModel(
-            sample_size=sample_size // patch_size,
-            in_channels=in_channels * patch_size**2,
-            out_channels=in_channels * patch_size**2,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            down_block_types=tuple("AttnDownBlock2D" if attends else "DownBlock2D" for attends in has_attention),
-            up_block_types=tuple("AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(has_attention)),
-            attention_head_dim=attention_head_dim,
-            norm_num_groups=norm_num_groups,
-            dropout=dropout,
-            class_embed_type="identity",  # class_embedding below already has the time embedding's width
-        )
         embedding_dim = 4 * block_out_channels[0]
-        self.class_embedding = nn.Linear(num_classes, embedding_dim)
+        sizes = {
+            "sample_size": sample_size // patch_size,
+            "in_channels": in_channels * patch_size**2,
+            "out_channels": in_channels * patch_size**2,
+            "block_out_channels": block_out_channels,
+            "layers_per_block": layers_per_block,
+            "norm_num_groups": norm_num_groups,
+            "dropout": dropout,
+        }
+        if label_encoding == "tokens":
+            self.unet = UNet2DConditionModel(
+                **sizes,
+                down_block_types=tuple(
+                    "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in has_attention
+                ),
+                up_block_types=tuple(
+                    "CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(has_attention)
+                ),
+                # diffusers calls this so, but it is the number of heads.
+                attention_head_dim=tuple(max(1, channels // attention_head_dim) for channels in block_out_channels),
+                cross_attention_dim=embedding_dim,
+            )
+            self.class_embedding = nn.Linear(num_classes, embedding_dim, bias=False)
+            self.set_embedding = nn.Parameter(torch.zeros(embedding_dim))
+        else:
+            self.unet = UNet2DModel(
+                **sizes,
+                down_block_types=tuple("AttnDownBlock2D" if attends else "DownBlock2D" for attends in has_attention),
+                up_block_types=tuple(
+                    "AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(has_attention)
+                ),
+                attention_head_dim=attention_head_dim,
+                class_embed_type="identity",  # class_embedding below already has the time embedding's width
+            )
+            self.class_embedding = nn.Linear(num_classes, embedding_dim)
         self.null_embedding = nn.Parameter(torch.zeros(embedding_dim)) if null_condition else None
         self.register_buffer("data_mean", torch.zeros(in_channels, sample_size, sample_size))
         self.register_buffer("data_std", torch.ones(()))
@@ -184,7 +220,7 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
 
         Args:
             sample: Noisy images (B, C, H, W), standardized.
-            timestep: Time of all images, or (B,) of each, from 0 (clean) to 1000 (noise).
+            timestep: Time of all images, or (B,) of each, from 0 (clean) to 1000 (noise); for `edm` `ln(sigma) / 4`.
             class_labels: Multi-hot rows (B, num_classes) with entries >= 0; `None` leaves every image unconditioned.
             null_mask: Booleans (B,), true where an image is unconditioned whatever its row says.
             return_dict: Whether to return a `UNet2DOutput` rather than a tuple.
@@ -200,14 +236,40 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
         if class_labels is None:
             class_labels = sample.new_zeros(len(sample), self.config.num_classes)
             null_mask = torch.ones(len(sample), dtype=torch.bool, device=sample.device)
-        embedding = self.class_embedding(class_labels.to(self.class_embedding.weight.dtype))
-        if self.null_embedding is not None:
-            if null_mask is None:  # keeps the null row in the graph, so that data-parallel training sees it used
-                null_mask = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
-            embedding = torch.where(null_mask[:, None], self.null_embedding.to(embedding.dtype), embedding)
+        class_labels = class_labels.to(self.class_embedding.weight.dtype)
+        if self.null_embedding is not None and null_mask is None:
+            # Keeps the null row in the graph, so that data-parallel training sees it used.
+            null_mask = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
+        if (
+            self.config.prediction_type == "edm"
+        ):  # spreads c_noise over the range that the embedding of times tells apart
+            timestep = 1000 * torch.as_tensor(timestep, device=sample.device)
         folded = F.pixel_unshuffle(sample, self.config.patch_size)
-        prediction = F.pixel_shuffle(self.unet(folded, timestep, embedding).sample, self.config.patch_size)
+        if self.config.label_encoding == "tokens":
+            tokens, is_present = self._tokens(class_labels, null_mask)
+            prediction = self.unet(folded, timestep, tokens, encoder_attention_mask=is_present).sample
+        else:
+            embedding = self.class_embedding(class_labels)
+            if null_mask is not None:
+                embedding = torch.where(null_mask[:, None], self.null_embedding.to(embedding.dtype), embedding)
+            prediction = self.unet(folded, timestep, embedding).sample
+        prediction = F.pixel_shuffle(prediction, self.config.patch_size)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
+
+    def _tokens(self, class_labels: Tensor, null_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Makes what the image attends to.
+
+        Returns:
+            The tokens (B, 1 + num_classes, D), first the one that is always there, and booleans (B, 1 + num_classes),
+            false where a token is masked.
+        """
+        first = self.set_embedding.expand(len(class_labels), -1)
+        is_present = class_labels > 0
+        if null_mask is not None:
+            first = torch.where(null_mask[:, None], self.null_embedding, first)
+            is_present = is_present & ~null_mask[:, None]
+        labels = class_labels[:, :, None] * self.class_embedding.weight.T
+        return torch.cat([first[:, None], labels], dim=1), F.pad(is_present, (1, 0), value=True)
 
     def _check_inputs(self, sample: Tensor, class_labels: Tensor | None, null_mask: Tensor | None) -> None:
         expected = tuple(self.data_mean.shape)

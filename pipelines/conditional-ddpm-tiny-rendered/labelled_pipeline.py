@@ -42,7 +42,7 @@ class LabelledPipeline:
     vocabulary: LabelVocabulary | None
 
     def _register_label_names(
-        self, label_names: Sequence[str] | Mapping[str, str] | None, num_classes: int, **config: int | float
+        self, label_names: Sequence[str] | Mapping[str, str] | None, num_classes: int, **config: int | float | None
     ) -> None:
         """Makes the vocabulary and registers it with the other arguments of the pipeline, to be saved."""
         if num_classes == 0:

@@ -1,5 +1,6 @@
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -32,6 +33,11 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
     For one condition of weight 1 these are the guided and the conditional prediction. All predictions of a step are rows
     of one call of the network; u is left out where its factor is 0 because the weights sum to 1 and guidance is off.
 
+    With a `guide`, a smaller or less trained network, guidance leads away from what that one predicts for the same labels
+    instead of from the unconditional prediction, as in *Guiding a Diffusion Model with a Bad Version of Itself* (Karras
+    et al., 2024, https://arxiv.org/abs/2406.02507): `guide + guidance_scale * (network - guide)`. Neither then
+    needs an unconditional prediction, but for sums of conditions, which each makes for itself.
+
     An image depends on the weights, its labels, its seed, the scheduler and the number of steps, not on its place or
     its neighbours: each image has a random stream of its own, drawn on the CPU in float32. Kernels round by batch
     shape, so equality to the bit needs one `micro_batch_size` on one machine; other sizes differ by rounding alone.
@@ -42,7 +48,16 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
         label_names: Names of the labels by index, as a list or as the mapping {"0": name, ...} that is saved.
         default_num_inference_steps: Steps taken when a call does not say.
         default_guidance_scale: Guidance scale used when a call does not say.
+        guide: The network that guidance leads away from, for the same labels and images as `unet` and of the same
+            prediction type; with `None` it leads away from the unconditional prediction.
+        student_num_inference_steps: Steps that the network was distilled for, where it is a student of that many; a
+            call with another number is warned of.
+
+    Raises:
+        ValueError: If `label_names` or `guide` does not fit the network.
     """
+
+    _optional_components = ["guide"]
 
     # Named here too, as diffusers fetches only the files that this one imports itself.
     vocabulary: LabelVocabulary
@@ -54,14 +69,18 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
         label_names: Sequence[str] | Mapping[str, str] | None = None,
         default_num_inference_steps: int = 50,
         default_guidance_scale: float = 1.0,
+        guide: nn.Module | None = None,
+        student_num_inference_steps: int | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, guide=guide)
+        self._check_guide()
         self._register_label_names(
             label_names,
             unet.config.num_classes,
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
+            student_num_inference_steps=student_num_inference_steps,
         )
 
     @torch.no_grad()
@@ -92,7 +111,8 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
             num_images: How many images to draw where `class_labels` is `None`.
             num_inference_steps: Steps of the scheduler; the pipeline's default if not given.
             guidance_scale: w in `unconditional + w * (conditional - unconditional)`: 1 is off. The pipeline's
-                default if not given. It multiplies the weights of all conditions of an image.
+                default if not given. It multiplies the weights of all conditions of an image. With a `guide` its
+                prediction takes the place of the unconditional one.
             guidance_interval: The part of the steps, from 0 (first) to 1 (last), in which guidance is on, as in
                 *Applying Guidance in a Limited Interval* (Kynkäänniemi et al., 2024,
                 https://arxiv.org/abs/2404.07724).
@@ -121,7 +141,9 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
         num_steps = self._positive("num_inference_steps", num_inference_steps, self.config.default_num_inference_steps)
         if guidance_scale is None:
             guidance_scale = 1.0 if class_labels is None else self.config.default_guidance_scale
+        self._warn_of_other_steps(num_steps)
         self._check_guidance(class_labels, guidance_scale, guidance_interval)
+        self._check_guide()
         self._check_scheduler()
         self._check_output_type(output_type)
         if not 0 <= num_states <= num_steps:
@@ -262,7 +284,7 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
                 states.append(self.unet.unstandardize(scaled).cpu())
 
             in_interval = guidance_interval[0] <= i / len(timesteps) < guidance_interval[1]
-            prediction = self._predict(scaled.to(dtype), t, composition, guidance_scale if in_interval else 1.0)
+            prediction = self._predict(scaled, t, composition, guidance_scale if in_interval else 1.0)
             sample = self.scheduler.step(prediction, t, sample, **step_kwargs).prev_sample
 
             if callback is not None:
@@ -274,13 +296,58 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
         return [*states, self.unet.unstandardize(sample).cpu()]
 
     def _predict(self, sample: Tensor, t: Tensor, composition: Composition, guidance_scale: float) -> Tensor:
-        """Makes the prediction that a step follows, float32 (B, C, H, W), by one call of the network."""
-        class_labels, null_mask = composition.rows(with_null=composition.needs_null or guidance_scale != 1.0)
-        num_rows = len(class_labels) // len(sample)
-        predictions = self.unet(torch.cat([sample] * num_rows), t, class_labels, null_mask).sample.float()
-        predictions = predictions.unflatten(0, (num_rows, len(sample)))
+        """Makes the prediction that a step follows, float32 (B, C, H, W), by one call of each network that it takes."""
+        is_guided = guidance_scale != 1.0
+        leads_from_null = is_guided and self.guide is None
+        predictions = self._predictions(self.unet, sample, t, composition, composition.needs_null or leads_from_null)
         composed = composition.sum(predictions)
-        return composed if guidance_scale == 1.0 else torch.lerp(predictions[-1], composed, guidance_scale)
+        if not is_guided:
+            return composed
+        weaker = predictions[-1]
+        if self.guide is not None:
+            weaker = composition.sum(self._predictions(self.guide, sample, t, composition, composition.needs_null))
+        return torch.lerp(weaker, composed, guidance_scale)
+
+    @staticmethod
+    def _predictions(
+        network: nn.Module, sample: Tensor, t: Tensor, composition: Composition, with_null: bool
+    ) -> Tensor:
+        """Returns a network's predictions for all conditions, then the unconditional one: float32 (N, B, C, H, W)."""
+        class_labels, null_mask = composition.rows(with_null=with_null)
+        num_rows = len(class_labels) // len(sample)
+        rows = torch.cat([sample.to(next(network.parameters()).dtype)] * num_rows)
+        return network(rows, t, class_labels, null_mask).sample.float().unflatten(0, (num_rows, len(sample)))
+
+    def _warn_of_other_steps(self, num_steps: int) -> None:
+        wanted = self.config.student_num_inference_steps
+        if wanted is not None and num_steps != wanted:
+            warnings.warn(
+                f"`num_inference_steps` should be {wanted} for this student, which has learned those steps alone, got"
+                f" {num_steps}: with fewer its objects blur or are missing, with more images get grainy and take longer.",
+                stacklevel=4,
+            )
+
+    def _check_guide(self) -> None:
+        if self.guide is None:
+            return
+        wanted, offered = self.unet.config, self.guide.config
+        for name in ("num_classes", "sample_size", "in_channels", "prediction_type", "num_train_timesteps"):
+            if offered.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"`guide` must be a network for the same labels and images as `unet`, with {name}"
+                    f" {wanted.get(name)!r}, got one with {offered.get(name)!r}."
+                )
+        if wanted.null_condition and not offered.null_condition:
+            raise ValueError(
+                "`guide` must know 'no condition', as `unet` does, got one trained without label dropout; train it with."
+            )
+        for name in ("data_mean", "data_std"):  # up to the rounding of half precision
+            ours, theirs = (getattr(network, name).float().cpu() for network in (self.unet, self.guide))
+            if not torch.allclose(theirs, ours, rtol=2e-3, atol=1e-3):
+                raise ValueError(
+                    f"`guide` must be trained on the same images as `unet`, got one with another {name}, by which images"
+                    " are standardized."
+                )
 
     def _check_guidance(
         self, class_labels: object, guidance_scale: float, guidance_interval: tuple[float, float]
@@ -292,7 +359,7 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
             )
         if not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}; 1 is off.")
-        if guidance_scale == 1.0:
+        if guidance_scale == 1.0 or self.guide is not None:
             return
         if class_labels is None:
             raise ValueError(
@@ -302,18 +369,27 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
         if not self.unet.config.null_condition:
             raise ValueError(
                 f"`guidance_scale` must be 1 for this model, got {guidance_scale}: it was trained without label dropout,"
-                " so it has no unconditional prediction."
+                " so it has no unconditional prediction; give the pipeline a `guide`."
             )
 
     def _check_scheduler(self) -> None:
         name, config = type(self.scheduler).__name__, self.scheduler.config
         wanted = self.unet.config.prediction_type
+        # The EDM schedulers hold the preconditioning themselves; F is what they call epsilon.
         if hasattr(self.scheduler, "precondition_inputs"):
-            raise ValueError(
-                f"`scheduler` must leave the network's inputs and outputs as they are, got {name}, which expects a"
-                " network with its preconditioning; use EulerDiscreteScheduler or DPMSolverMultistepScheduler."
-            )
-        if name.startswith("FlowMatch"):
+            if wanted != "edm":
+                raise ValueError(
+                    f"`scheduler` must leave the network's inputs and outputs as they are, got {name}, which expects a"
+                    " network with its preconditioning; use EulerDiscreteScheduler or DPMSolverMultistepScheduler."
+                )
+            if config.prediction_type != "epsilon" or config.sigma_data != 1:
+                raise ValueError(
+                    f"`scheduler` must have sigma_data=1 and prediction_type='epsilon' for this network, got {name} with"
+                    f" sigma_data={config.sigma_data} and prediction_type={config.prediction_type!r}; make it by"
+                    f" {name}.from_config(pipe.scheduler.config)."
+                )
+            offered = "edm"
+        elif name.startswith("FlowMatch"):
             offered = "flow"
         else:
             offered = config.get("prediction_type")
@@ -325,6 +401,8 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
                     "use FlowMatchEulerDiscreteScheduler, or for example DPMSolverMultistepScheduler("
                     "prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=...)"
                 )
+            elif wanted == "edm":
+                way_out = "use EDMDPMSolverMultistepScheduler or EDMEulerScheduler with sigma_data=1"
             else:
                 way_out = f"make it by {name}.from_config(pipe.scheduler.config, prediction_type={wanted!r})"
             raise ValueError(
