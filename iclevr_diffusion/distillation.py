@@ -92,12 +92,12 @@ class Teacher:
             raise ValueError(
                 f"`teacher_steps` must be a multiple of the {num_student_steps} student's steps, got {num_steps}."
             )
-        if guidance_scale != 1 and not pipeline.unet.config.null_condition:
+        if guidance_scale != 1 and pipeline.guide is None and not pipeline.unet.config.null_condition:
             raise ValueError(
                 f"`guidance_scale` must be 1 for this `teacher`, got {guidance_scale}: it was trained without label"
                 " dropout, so it has no unconditional prediction."
             )
-        self._unet = pipeline.unet
+        self._unet, self._guide = pipeline.unet, pipeline.guide
         self._num_steps, self._steps_a_piece = num_steps, num_steps // num_student_steps
         self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
         self._time_shift = time_shift
@@ -105,6 +105,27 @@ class Teacher:
         times.set_timesteps(num_student_steps, device=pipeline.device)
         self.sigmas: Tensor = times.sigmas
         self.timesteps: Tensor = times.timesteps
+
+    def walk(self, student: nn.Module, class_labels: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Has a student draw.
+
+        Args:
+            student: The student's network; gradients pass through all its steps.
+            class_labels: Multi-hot rows (B, num_classes).
+            seeds: The seed of each image's noise.
+
+        Returns:
+            The states that it comes to (num_student_steps + 1, B, C, H, W), standardized and in float32: the first is
+            the noise that a pipeline draws from the seeds, the last one the image.
+        """
+        config, device = self._unet.config, class_labels.device
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        states = [torch.stack(noise).to(device)]
+        for piece, t in enumerate(self.timesteps):
+            velocity = student(states[-1], t, class_labels).sample.float()
+            states.append(states[-1] + (self.sigmas[piece + 1] - self.sigmas[piece]) * velocity)
+        return torch.stack(states)
 
     @torch.no_grad()
     def show(self, student: nn.Module, class_labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -116,19 +137,10 @@ class Teacher:
             seeds: The seed of each image's noise.
 
         Returns:
-            The beginnings and the ends of the pieces, standardized states (num_student_steps, B, C, H, W) in float32;
-            the first beginning is the noise that a pipeline draws from the seeds.
+            The beginnings and the ends of the pieces, standardized states (num_student_steps, B, C, H, W) in float32.
         """
-        config, device = self._unet.config, class_labels.device
-        shape = (config.in_channels, config.sample_size, config.sample_size)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        sample, starts, ends = torch.stack(noise).to(device), [], []
-        for piece, t in enumerate(self.timesteps):
-            starts.append(sample)
-            ends.append(self.advance(sample, class_labels, piece))
-            velocity = student(sample, t, class_labels).sample.float()
-            sample = sample + (self.sigmas[piece + 1] - self.sigmas[piece]) * velocity
-        return torch.stack(starts), torch.stack(ends)
+        starts = self.walk(student, class_labels, seeds)[:-1]
+        return starts, torch.stack([self.advance(start, class_labels, i) for i, start in enumerate(starts)])
 
     @torch.no_grad()
     def advance(self, sample: Tensor, class_labels: Tensor, piece: int) -> Tensor:
@@ -142,7 +154,13 @@ class Teacher:
         both_labels = torch.cat([class_labels, class_labels])
         for step in range(first, first + self._steps_a_piece):
             t = solver.timesteps[step]
-            if self._guidance_scale != 1 and start <= step / self._num_steps < stop:
+            is_guided = self._guidance_scale != 1 and start <= step / self._num_steps < stop
+            if is_guided and self._guide is not None:
+                weak, strong = (
+                    network(sample, t, class_labels).sample.float() for network in (self._guide, self._unet)
+                )
+                velocity = torch.lerp(weak, strong, self._guidance_scale)
+            elif is_guided:
                 both = self._unet(torch.cat([sample, sample]), t, both_labels, null_mask).sample.float()
                 conditional, unconditional = both.chunk(2)
                 velocity = torch.lerp(unconditional, conditional, self._guidance_scale)

@@ -49,6 +49,24 @@ def test_the_first_piece_begins_at_the_noise_of_the_seeds_and_the_others_where_t
         assert_close(ends[piece], teacher.advance(starts[piece], CLASS_LABELS, piece))
 
 
+def test_gradients_of_what_a_student_draws_reach_each_of_its_steps(pipeline):
+    teacher, student = make_teacher(pipeline), make_student(pipeline.unet).eval()
+    velocities = []
+
+    def keep(module, inputs, output):
+        output.sample.retain_grad()
+        velocities.append(output.sample)
+
+    hook = student.register_forward_hook(keep)
+    states = teacher.walk(student, CLASS_LABELS, [7, 8])
+    assert states.shape == (4, 2, 3, 16, 16)
+    states[-1].sum().backward()
+    hook.remove()
+    assert len(velocities) == 3 and all(velocity.grad.abs().sum() > 0 for velocity in velocities)
+    shown, _ = teacher.show(student, CLASS_LABELS, [7, 8])
+    assert torch.equal(shown, states[:-1]) and not shown.requires_grad
+
+
 def test_a_teacher_of_one_piece_draws_what_its_pipeline_does(pipeline):
     _, ends = make_teacher(pipeline, num_student_steps=1).show(pipeline.unet, CLASS_LABELS, [7, 8])
     pipeline.scheduler = make_flow_solver(4.0, 2)
@@ -92,6 +110,18 @@ def test_an_untrained_student_predicts_what_its_teacher_does_without_guidance(pi
     assert len(drawn(CLASS_LABELS, seeds=[0, 1]).images) == 2
     with pytest.raises(ValueError, match="`guidance_scale` must be 1 for this model"):
         drawn(CLASS_LABELS, guidance_scale=2.0)
+
+
+def test_a_teacher_with_a_guide_shows_the_way_that_its_pipeline_goes(pipeline):
+    weak = MultiLabelUNet2DModel(**SIZES | {"block_out_channels": (8, 8)}, prediction_type="flow", null_condition=True)
+    weak.eval().set_data_statistics(torch.full((3, 1, 1), 0.1), 0.2)
+    names = list(ICLEVR_LABELS.names)
+    guided = ConditionalDDPMPipeline(pipeline.unet, pipeline.scheduler, names, 20, 3.0, guide=weak)
+    _, ends = make_teacher(guided, num_student_steps=1).show(pipeline.unet, CLASS_LABELS, [7, 8])
+    guided.scheduler = make_flow_solver(4.0, 2)
+    options = {"num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "pt"}
+    drawn = guided(CLASS_LABELS, seeds=[7, 8], micro_batch_size=2, **options).images
+    assert_close((pipeline.unet.unstandardize(ends[0]) / 2 + 0.5).clamp(0, 1), drawn, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from iclevr_diffusion import ICLEVR_LABELS, ConditionalDDPMPipeline, MultiLabelUNet2DModel, load_pipeline
 from iclevr_diffusion.hub import export_pipeline, training_facts
+from iclevr_diffusion.losses import evaluator_loss
+from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "train_scripts"
 SPEC = importlib.util.spec_from_file_location("train_student", SCRIPTS / "train_student.py")
@@ -100,6 +102,28 @@ def test_a_student_stopped_and_resumed_ends_bit_equal_to_an_unbroken_one(train):
     assert all(torch.equal(stopped[name], value) for name, value in unbroken.items())
 
 
+def test_an_evaluator_teaches_the_student_and_is_known_to_have_done_so(train, tmp_path):
+    torch.manual_seed(0)
+    names = list(ICLEVR_LABELS.names)
+    evaluator = SmallLabelClassifier(24, 16, label_names=names, block_out_channels=(8, 8)).eval()
+    with torch.no_grad():
+        evaluator.classifier.weight.mul_(30)  # so that it has strong views without having learnt any
+    evaluator.save_pretrained(tmp_path / "some-reader")
+
+    @torch.no_grad()
+    def read(folder):
+        pipeline = load_pipeline(folder / "pipeline")
+        images = pipeline(CONDITIONS, seeds=[100, 101, 102], output_type="pt").images
+        return evaluator_loss(evaluator(2 * images - 1).logits, pipeline.encode_labels(CONDITIONS)).item()
+
+    options = {"batch_size": 4, "max_steps": 20, "learning_rate": 3e-3, "sample_every": 0, "score_every": 0}
+    alone = train("alone", **options)
+    taught = train("taught", evaluator=str(tmp_path / "some-reader"), evaluator_weight=10.0, **options)
+    assert read(taught) < read(alone) - 0.01
+    assert training_facts(taught / "pipeline")["judges"] == ["some-judge", "some-reader"]
+    assert training_facts(alone / "pipeline")["judges"] == ["some-judge"]
+
+
 def test_a_student_of_fewer_steps_starts_from_one_of_more(train):
     first = train(max_steps=3, learning_rate=1e-2)
     second = train("fewer", num_student_steps=1, init_from=str(first / "pipeline"), max_steps=1, learning_rate=1e-9)
@@ -117,6 +141,13 @@ def test_another_teacher_is_refused_when_a_run_goes_on(train, teacher):
         train(max_steps=3, lr_schedule="constant")
 
 
+def test_a_teacher_that_was_moved_is_known_again_when_a_run_goes_on(train, teacher):
+    train(lr_schedule="constant")
+    moved = teacher.rename(teacher.parent / "moved")
+    folder = train(lr_schedule="constant", max_steps=3, teacher=str(moved / "pipeline"))
+    assert len(losses(folder)) == 3
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -129,6 +160,9 @@ def test_another_teacher_is_refused_when_a_run_goes_on(train, teacher):
             {"teacher": "dcgan-evaluator-cured-real"},
             "`teacher` must be a ConditionalDDPMPipeline .* ConditionalGANPipeline",
         ),
+        ({"evaluator": "nowhere"}, "`evaluator`: .*nowhere"),
+        ({"evaluator_weight": 0.5}, "`evaluator_weight` must be 0.1, its default, without `evaluator`, got 0.5"),
+        ({"evaluator": "judge-small", "evaluator_weight": -1.0}, "`evaluator_weight` must be finite and at least 0"),
         ({"teacher": "nowhere"}, "`teacher`: .*nowhere"),
     ],
 )

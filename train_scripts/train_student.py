@@ -10,21 +10,26 @@ import numpy as np
 import torch
 
 from iclevr_diffusion import ConditionalDDPMPipeline, load_pipeline
+from iclevr_diffusion.augmentation import augment
 from iclevr_diffusion.config import LearningRateSchedule, TrainConfig, option, parse_config
 from iclevr_diffusion.denoiser import choose_attention
 from iclevr_diffusion.distillation import Prompts, Teacher, make_flow_solver, make_student
 from iclevr_diffusion.ema import ExponentialMovingAverage
+from iclevr_diffusion.gan_networks import refuse_ignored
 from iclevr_diffusion.hub import training_facts
 from iclevr_diffusion.judging import weights_sha256
-from iclevr_diffusion.training import TrainingRun, load_weights
-from iclevr_diffusion.validation import Validation
+from iclevr_diffusion.losses import evaluator_loss
+from iclevr_diffusion.training import TrainingRun
+from iclevr_diffusion.validation import Validation, open_reader
 
 
 @dataclass(kw_only=True)
 class StudentConfig(TrainConfig):
     """Trains a student that draws in few steps and without guidance what a diffusion model draws in many."""
 
-    teacher: str | None = option(None, "pipeline that predicts a flow's velocity; none is the model that ships")
+    teacher: str | None = option(
+        None, "pipeline that predicts a flow's velocity; none is the model that ships", may_change=True
+    )
     teacher_steps: int = option(20, "steps of DPM-Solver++ that the teacher takes, a multiple of the student's")
     guidance_scale: float | None = option(
         None, "the teacher's guidance, which the student learns; none is its default"
@@ -41,6 +46,8 @@ class StudentConfig(TrainConfig):
     warmup_steps: int = option(50, "steps over which the learning rate rises")
     lr_schedule: LearningRateSchedule = option("warmup-stable-decay", "course of the learning rate after the warm-up")
     ema_decay: float = option(0.99, "decay of the averaged weights, the ones that are saved")
+    evaluator: str | None = option(None, "judge that teaches too; it may not judge the result alone")
+    evaluator_weight: float = option(0.1, "weight of what the evaluator reads in drawn images")
 
     sample_every: int = option(100, "steps between grids of samples; 0 is never", may_change=True)
     score_every: int = option(200, "steps between scores; 0 is never", may_change=True)
@@ -61,6 +68,9 @@ class StudentConfig(TrainConfig):
             )
         if not 0 < self.time_shift < float("inf"):
             raise ValueError(f"`time_shift` must be positive and finite, got {self.time_shift}.")
+        if not 0 <= self.evaluator_weight < float("inf"):
+            raise ValueError(f"`evaluator_weight` must be finite and at least 0, got {self.evaluator_weight}.")
+        refuse_ignored(self, "evaluator_weight", "`evaluator`", self.evaluator)
 
 
 def main(config: StudentConfig) -> None:
@@ -98,16 +108,23 @@ def main(config: StudentConfig) -> None:
     run.describe("conditions.json", json.dumps(facts["conditions"]) + "\n")
 
     unet = make_student(pipeline.unet)
-    if config.init_from is not None and not run.resuming:
-        load_weights(unet, config.init_from, pipeline.vocabulary.names)
+    run.start_from(config.init_from, unet, pipeline.vocabulary.names)
     ema = run.track(ExponentialMovingAverage(unet, config.ema_decay))
     choose_attention(unet, device, config.mixed_precision)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
     model, optimizer, lr_scheduler = run.prepare(unet, optimizer, run.lr_scheduler(optimizer))
     scheduler = make_flow_solver(config.time_shift, solver_order=1)
-    student = ConditionalDDPMPipeline(ema.model, scheduler, pipeline.vocabulary.names, config.num_student_steps, 1.0)
+    student = ConditionalDDPMPipeline(
+        *(ema.model, scheduler, pipeline.vocabulary.names, config.num_student_steps, 1.0),
+        student_num_inference_steps=config.num_student_steps,
+    )
     order = np.random.default_rng(0).permutation(len(facts["conditions"]))[: config.num_conditions]
     validation = Validation(run, student, [facts["conditions"][i] for i in order], config.judge)
+
+    evaluator = None
+    if config.evaluator is not None and config.evaluator_weight:
+        blank = torch.zeros(1, *unet.data_mean.shape, device=device)
+        evaluator = open_reader("evaluator", config.evaluator, pipeline.vocabulary.names, blank).requires_grad_(False)
 
     lengths = (teacher.sigmas[:-1] - teacher.sigmas[1:]).to(device).view(-1, 1, 1, 1, 1)
     timesteps = teacher.timesteps.repeat_interleave(config.batch_size)
@@ -119,6 +136,13 @@ def main(config: StudentConfig) -> None:
         prediction = model(starts.flatten(0, 1), timesteps, class_labels).sample.float()
         errors = (prediction - velocities.flatten(0, 1)).square().unflatten(0, (config.num_student_steps, -1))
         loss = errors.mean()
+        if evaluator is not None:
+            with run.accelerator.autocast():
+                x_0 = teacher.walk(model, batch["class_labels"], batch["seeds"])[-1]
+            drawn = augment(unet.unstandardize(x_0).clamp(-1, 1))
+            reading = evaluator_loss(evaluator(drawn).logits, batch["class_labels"])
+            loss = loss + config.evaluator_weight * reading
+            run.log(evaluator_loss=reading)
 
         run.backward(loss)
         optimizer.step()
