@@ -9,8 +9,8 @@ has it or, with `--guidance` and `--intervals`, every combination of these. A ju
 reads the images. A point is also set beside the pipeline as it ships, set by set, and beside 1000 steps of the model's
 own sampler, from whose images those of a deterministic sampler differ by its error alone; these are drawn of few label
 sets (`--reference_conditions`). Steps are looks at one state of the image, so that Heun's method, which looks twice a
-step, takes half as many; guidance asks the network twice a look, and counts twice among network calls. A pipeline that
-takes fewer steps by itself than the fewest of `--steps` was made for its own steps, and is drawn as it ships only.
+step, takes half as many; guidance asks the network twice a look, and counts twice among network calls. A student,
+and any pipeline that takes fewer steps by itself than the fewest of `--steps`, is drawn as it ships only.
 
 Drawn images are kept in `--out`: the same command goes on where it was stopped. `--results` gets all numbers, and beside
 it lie a plot (.png) and a sheet of the first images of every point (_images.png).
@@ -231,7 +231,8 @@ class FewCalls:
         intervals: Sequence[tuple[float, float]],
     ) -> list[Point]:
         """Lists what is to be drawn of this pipeline: as it ships first, the slow sampler last."""
-        if self._defaults.get("num_inference_steps", 0) < min(steps):
+        is_student = self.pipeline.config.get("student_num_inference_steps") is not None
+        if is_student or self._defaults.get("num_inference_steps", 0) < min(steps):
             return [Point(SHIPPED)]
         is_flow = self.pipeline.unet.config.prediction_type == "flow"
         ways = [Point(*way) for way in itertools.product(samplers, steps, guidance, intervals)]

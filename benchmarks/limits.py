@@ -60,6 +60,7 @@ CONVOLUTION = {
 CONVOLUTION_BATCH_SIZES = {"cpu": 8, "cuda": 256}
 COPIED_BYTES = 2**28
 NUM_CONVOLUTIONS = 5  # of each preset, the ones of most operations
+LONG = 5.0  # seconds; what takes longer is measured and profiled once
 LEAST_SAMPLE = 0.02  # seconds; what takes less is repeated before the clock is read
 
 # Kinds of operations by PyTorch's names of them; the first pattern that is found counts.
@@ -143,7 +144,10 @@ def count_preset(preset: str) -> dict[str, float]:
 
 
 def median_seconds(run: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Returns the median time of a run, of at least three and of as many as `seconds` allow, after one to warm up."""
+    """Returns the median time of a run, of at least three and of as many as `seconds` allow, after one to warm up.
+
+    A run that takes long is not repeated.
+    """
 
     def sample(num_runs: int) -> float:
         begin = time.perf_counter()
@@ -154,7 +158,10 @@ def median_seconds(run: Callable[[], Any], device: torch.device, seconds: float)
         return time.perf_counter() - begin
 
     sample(1)
-    num_runs = max(1, round(LEAST_SAMPLE / max(sample(1), 1e-6)))
+    first = sample(1)
+    if first > LONG:
+        return first
+    num_runs = max(1, round(LEAST_SAMPLE / max(first, 1e-6)))
     samples: list[float] = []
     begin = time.perf_counter()
     while len(samples) < 3 or time.perf_counter() - begin < seconds:
@@ -288,16 +295,16 @@ def condense(events: Sequence[Any], device: torch.device) -> dict[str, float]:
     return {name: value for name, value in seconds.most_common() if value > 0}
 
 
-def profile_run(run: Callable[[], Any], device: torch.device, num_runs: int = 3) -> dict[str, float]:
-    """Profiles runs, and returns the shares of kinds of operations, largest first."""
+def profile_run(run: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, float]:
+    """Profiles some runs, each of which takes so many seconds, and returns the shares of kinds of operations."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as profiler:
-        for _ in range(num_runs):
+        for _ in range(1 if seconds > LONG else 3):
             run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-    seconds = condense(profiler.key_averages(), device)
-    return {name: value / sum(seconds.values()) for name, value in seconds.items()}
+    found = condense(profiler.key_averages(), device)
+    return {name: value / sum(found.values()) for name, value in found.items()}
 
 
 def measure_preset(
@@ -323,7 +330,7 @@ def measure_preset(
                 "seconds_a_call": duration,
                 "gigaflop_a_second": rate,
                 "share_of_best_rate": rate / best[name],
-                "profile": profile_run(call, device),
+                "profile": profile_run(call, device, duration),
             }
         step = TrainingStep(make_network(preset, device), batch_size, device, mixed=name == "bfloat16")
         backward = median_seconds(step.run_backward, device, seconds)
@@ -336,7 +343,7 @@ def measure_preset(
             "seconds_of_clipping_optimizer_and_average": update,
             "gigaflop_a_second": rate,
             "share_of_best_rate": rate / best[name],
-            "profile_of_forward_and_backward": profile_run(step.run_backward, device),
+            "profile_of_forward_and_backward": profile_run(step.run_backward, device, backward),
         }
     return {**counts, "costliest_convolutions": convolutions, "sampling": sampling, "training": training}
 

@@ -7,7 +7,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from iclevr_diffusion.hub import DEFAULT_PIPELINE, load_pipeline
+from iclevr_diffusion.hub import BACKENDS, DEFAULT_PIPELINE, load_pipeline
 
 SAMPLING_OPTIONS = ("num_inference_steps", "guidance_scale")  # flags that not every kind of pipeline has
 
@@ -20,6 +20,9 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
     parser.add_argument("--num_inference_steps", type=int, default=None, help="steps; by default the pipeline's own")
     parser.add_argument("--guidance_scale", type=float, default=None, help="1 is off; by default the pipeline's own")
+    parser.add_argument(
+        "--guide", default=None, help="a weaker model, folder or hub id, that guidance leads away from"
+    )
     parser.add_argument("--scheduler", default=None, help="a scheduler class of diffusers, such as DDIMScheduler")
     parser.add_argument("--micro_batch_size", type=int, default=64, help="images that go through the network at once")
     parser.add_argument(
@@ -27,9 +30,10 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
-        choices=("torch", "onnx"),
+        choices=BACKENDS,
         default="torch",
-        help="what runs the network; onnx takes all steps of a diffusion model in one graph on the CPU",
+        help="what runs a diffusion model's network; compiled takes long to begin and less for each image drawn alone, by"
+        " CUDA graphs on a GPU; onnx takes all steps in one graph on the CPU",
     )
     parser.add_argument("--device", default=None, help="such as cpu or cuda; by default the best one there is")
 
@@ -46,7 +50,14 @@ def open_pipeline(args: argparse.Namespace, device: str | torch.device | None) -
     if args.backend == "onnx" and args.device is None:
         device = "cpu"  # where alone it runs
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    pipeline = load_pipeline(args.pipeline, revision=args.revision, device=device, dtype=dtype, backend=args.backend)
+    pipeline = load_pipeline(
+        args.pipeline,
+        revision=args.revision,
+        device=device,
+        dtype=dtype,
+        backend=args.backend,
+        guide=args.guide,
+    )
     if args.scheduler is not None:
         pipeline.scheduler = make_scheduler(args.scheduler, pipeline)
     return pipeline

@@ -11,6 +11,7 @@ from PIL import Image
 from iclevr_diffusion.files import write_text
 from iclevr_diffusion.images import save_png
 from iclevr_diffusion.leaderboard import load_system, make_leaderboard
+from iclevr_diffusion.leaderboard_asides import render_negation, render_picked
 from iclevr_diffusion.leaderboard_plots import draw_labels, draw_quality_against_speed, draw_samples, open_samples
 from iclevr_diffusion.leaderboard_sampling import load_sampling, render_sampling
 from iclevr_diffusion.leaderboard_tables import render_csv, render_markdown, render_summary
@@ -68,7 +69,9 @@ class Comparison:
         out = Path(out)
         captions, samples, notes = open_samples(board)
         self.texts = {
-            out / "leaderboard.md": render_markdown(board, out, notes, self._further(out)),
+            out / "leaderboard.md": render_markdown(
+                board, out, notes, [*render_negation(board), *render_picked(board), *self._further(out)]
+            ),
             out / "leaderboard.csv": render_csv(board),
         }
         if readme is not None:

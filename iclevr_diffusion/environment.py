@@ -38,6 +38,22 @@ def describe_environment(device: torch.device, num_processes: int = 1) -> dict[s
     }
 
 
+def lost_processes_note(num_processes: int) -> str | None:
+    """Says what to do where `accelerate launch` seems to have been asked for more processes than the one that runs.
+
+    With `--cpu` it leaves it to MPI to start several. Without MPI it starts one, and says nothing
+    (https://github.com/huggingface/accelerate/issues/2741): the program finds no more than the variables for a meeting
+    of several.
+    """
+    if num_processes > 1 or os.environ.get("ACCELERATE_USE_CPU") != "True" or "MASTER_PORT" not in os.environ:
+        return None
+    return (
+        "One process runs. If several were asked for: `accelerate launch --cpu --num_processes` starts them under MPI"
+        " alone; launch with --config_file train_scripts/accelerate/two_cpu.yaml instead, and --num_processes for others"
+        " than two."
+    )
+
+
 def _processor() -> str:
     """Names the model of the CPU where Linux tells it, else its kind."""
     information = Path("/proc/cpuinfo")

@@ -67,6 +67,10 @@ _INTERVAL = _Kind(
 
 # What a results.json must hold for the tables to be written; "*" stands for every name, "?" for what may be missing.
 _SCORES = dict.fromkeys(METRICS, _ESTIMATE)
+_ASIDES = {
+    "best_of?": {"num_candidates": _COUNT, "all": _SCORES},
+    "negation?": dict.fromkeys(("present", "absent", "both"), _ESTIMATE) | {"ceiling?": _or_null(_SHARE)},
+}
 _CEILING = {"ceiling?": dict.fromkeys(("top_k", "exact_match"), _or_null(_SHARE))}
 _OF_REAL = dict.fromkeys([f"{name}?" for name in METRICS], _or_null(_SHARE))
 _DISTANCES = {"frechet_distance?": _AT_LEAST_0, "kernel_distance?": _NUMBER, "density?": _AT_LEAST_0}
@@ -98,6 +102,7 @@ _SHAPE = {
                     "by_seen?": {"*": _SCORES},
                 }
                 | _CEILING
+                | _ASIDES
             },
         }
     },
@@ -196,6 +201,7 @@ class Leaderboard:
         left_out: Why a system was left out, by its name.
         judges: Judges that scored every ranked system; by the first the systems are ranked, so it taught none.
         protocols: Protocols that every ranked system has drawn.
+        drawn: Protocols that some of these systems have drawn, as far as they were asked for.
         differing: Protocols that are not shown since their conditions differ from system to system.
         main_protocols: `test` and `new_test`, whose mean ranks the systems, or the one protocol that does.
         others: A leaderboard for each further set of labels.
@@ -207,6 +213,7 @@ class Leaderboard:
     left_out: Mapping[str, str]
     judges: tuple[str, ...]
     protocols: tuple[str, ...]
+    drawn: tuple[str, ...]
     differing: tuple[str, ...]
     main_protocols: tuple[str, ...]
     others: tuple["Leaderboard", ...]
@@ -351,6 +358,11 @@ def _rank(systems: Sequence[System], protocols: Sequence[str] | None) -> Leaderb
         left_out={},
         judges=judges,
         protocols=shown,
+        drawn=tuple(
+            sorted(
+                set(protocols) if protocols else {name for system in systems for name in system.results["protocols"]}
+            )
+        ),
         differing=differing,
         main_protocols=main,
         others=(),

@@ -23,6 +23,11 @@ DISTANCES = {
     "density": "density",
     "coverage": "coverage",
 }
+NEGATION = {
+    "present": "all asked for seen",
+    "absent": "nothing negated seen",
+    "both": "both",
+}
 INCEPTION = {"fid": "FID", "kid": "KID"}
 DIVERSITY = ("distribution", "diversity", "pixels")  # in a judge's features wrong objects count as diversity
 COSTS = ("images_per_second", "seconds_for_one_image", "network_calls_per_image", "num_parameters")
@@ -34,7 +39,7 @@ PICTURES = {  # the files beside the Markdown, and what they show
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
     """A column of a table.
 
     Args:
@@ -76,7 +81,7 @@ class _Column:
         return first if low is not None and low > highest else None
 
 
-def _table(systems: Sequence[System], columns: Sequence[_Column], judge: str | None = None) -> str:
+def make_table(systems: Sequence[System], columns: Sequence[Column], judge: str | None = None) -> str:
     """Lays columns out as a Markdown table; the systems that `judge` taught are marked and never best."""
     taught = [judge is not None and system.is_taught_by(judge) for system in systems]
     best = [column.best([row for row, marked in enumerate(taught) if not marked]) for column in columns]
@@ -93,17 +98,17 @@ def _table(systems: Sequence[System], columns: Sequence[_Column], judge: str | N
 
 def markdown_row(cells: Sequence[str]) -> str:
     """Writes the cells of a table's row out."""
-    return f"| {' | '.join(map(_escape, cells))} |"
+    return f"| {' | '.join(map(escape, cells))} |"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Keeps what a file says from ending a cell or a line, and from being read as a formula."""
     return re.sub(r"([|$])", r"\\\1", " ".join(text.split()))
 
 
-def _top_k_columns(board: Leaderboard, judge: str, lists: Sequence[Sequence[str]]) -> list[_Column]:
+def _top_k_columns(board: Leaderboard, judge: str, lists: Sequence[Sequence[str]]) -> list[Column]:
     return [
-        _Column(
+        Column(
             "top-k, mean" if len(names) > 1 else f"top-k, {names[0]}",
             [system.scores(names, judge)["top_k"] for system in board.ranked],
             board.ceiling(names, judge).get("top_k"),
@@ -133,20 +138,20 @@ def _notes(board: Leaderboard) -> list[str]:
     """Says what concerns all tables of a leaderboard."""
     notes = _seen_notes(board, board.protocols)
     if board.differing:
-        lists = ", ".join(f"`{_escape(name)}`" for name in board.differing)
+        lists = ", ".join(f"`{escape(name)}`" for name in board.differing)
         notes.append(f"Not shown, as their conditions differ from system to system: {lists}.")
     return notes
 
 
-def _main_columns(board: Leaderboard, judge: str) -> list[_Column]:
+def _main_columns(board: Leaderboard, judge: str) -> list[Column]:
     """Makes the top-k columns of the mean and of each of `main_protocols`."""
     return _top_k_columns(
         board, judge, list(dict.fromkeys([board.main_protocols, *((n,) for n in board.main_protocols)]))
     )
 
 
-def _exact_match_column(board: Leaderboard, judge: str) -> _Column:
-    return _Column(
+def _exact_match_column(board: Leaderboard, judge: str) -> Column:
+    return Column(
         "exact match",
         [system.scores(board.main_protocols, judge)["exact_match"] for system in board.ranked],
         board.ceiling(board.main_protocols, judge).get("exact_match"),
@@ -154,7 +159,7 @@ def _exact_match_column(board: Leaderboard, judge: str) -> _Column:
     )
 
 
-def _quality_columns(board: Leaderboard, judge: str) -> list[_Column]:
+def _quality_columns(board: Leaderboard, judge: str) -> list[Column]:
     precision = [system.scores(board.main_protocols, judge)["precision"] for system in board.ranked]
     distances = ("distribution", "judges", judge)
     frechet = [system.find(*distances, "generated", "frechet_distance") for system in board.ranked]
@@ -162,16 +167,16 @@ def _quality_columns(board: Leaderboard, judge: str) -> list[_Column]:
     columns = [
         *_main_columns(board, judge),
         _exact_match_column(board, judge),
-        _Column(
+        Column(
             "precision",
             precision,
             board.find("held_out_images", "judges", judge, "precision"),
             apart=_trained_on(board, board.main_protocols),
         ),
         *_top_k_columns(board, judge, [(name,) for name in board.protocols if name not in board.main_protocols]),
-        _Column("Frechet distance", frechet, board.find(*distances, "real", "frechet_distance"), three_digits),
+        Column("Frechet distance", frechet, board.find(*distances, "real", "frechet_distance"), three_digits),
     ]
-    return [*columns, _Column("relative diversity", diversity)] if _compares_diversity(board) else columns
+    return [*columns, Column("relative diversity", diversity)] if _compares_diversity(board) else columns
 
 
 def _compares_diversity(board: Leaderboard) -> bool:
@@ -180,18 +185,18 @@ def _compares_diversity(board: Leaderboard) -> bool:
     return len({(part.get("num_conditions"), part.get("num_real")) for part in found if part}) < 2
 
 
-def _inception_columns(systems: Sequence[System]) -> list[_Column]:
+def _inception_columns(systems: Sequence[System]) -> list[Column]:
     """Makes the columns of standard FID and KID, where they are known of every system."""
     found = [system.find("distribution", "inception") for system in systems]
     if not all(found):
         return []
     return [
-        _Column(title, [part["generated"][name] for part in found], found[0]["real"][name], three_digits)
+        Column(title, [part["generated"][name] for part in found], found[0]["real"][name], three_digits)
         for name, title in INCEPTION.items()
     ]
 
 
-def _cost_columns(board: Leaderboard, systems: Sequence[System]) -> list[_Column]:
+def _cost_columns(board: Leaderboard, systems: Sequence[System]) -> list[Column]:
     """Makes the columns of cost; where speeds were measured on several machines, a letter says on which."""
 
     def speeds(name: str) -> list[str]:
@@ -199,10 +204,10 @@ def _cost_columns(board: Leaderboard, systems: Sequence[System]) -> list[_Column
 
     cost = [system.results["cost"] for system in systems]
     return [
-        _Column("images/s", speeds("images_per_second")),
-        _Column("seconds for one image", speeds("seconds_for_one_image")),
-        _Column("network calls an image", [part["network_calls_per_image"] for part in cost], None, three_digits),
-        _Column("parameters", [f"{part['num_parameters'] / 1e6:.2f} M" for part in cost]),
+        Column("images/s", speeds("images_per_second")),
+        Column("seconds for one image", speeds("seconds_for_one_image")),
+        Column("network calls an image", [part["network_calls_per_image"] for part in cost], None, three_digits),
+        Column("parameters", [f"{part['num_parameters'] / 1e6:.2f} M" for part in cost]),
     ]
 
 
@@ -215,7 +220,7 @@ def _machine_mark(board: Leaderboard, system: System) -> str:
 def _machine_note(board: Leaderboard, systems: Sequence[System]) -> str:
     places = dict.fromkeys(f"{_machine_mark(board, system)} {system.measured_on}".strip() for system in systems)
     apart = ", and compare only where the letter is the same" if len(places) > 1 else ""
-    return f"Speeds were measured on{apart}: {_escape('; '.join(places))}."
+    return f"Speeds were measured on{apart}: {escape('; '.join(places))}."
 
 
 def three_digits(number: float) -> str:
@@ -248,7 +253,7 @@ def render_markdown(board: Leaderboard, folder: Path, notes: Sequence[str] = (),
         " (one in the features of Inception, shown where it was measured for every system);"
         " its first row is that of other real images. **Relative diversity** is 1 where the pixels of images of one"
         " condition differ as those of real ones do.",
-        f"## As {_escape(leading)} sees it",
+        f"## As {escape(leading)} sees it",
         f"In the order of this judge's top-k on {lists}. It taught none of the systems.",
         _main_table(board),
         _machine_note(board, board.ranked),
@@ -257,20 +262,23 @@ def render_markdown(board: Leaderboard, folder: Path, notes: Sequence[str] = (),
     if not _compares_diversity(board):
         paragraphs.append("Relative diversities are not shown: the systems have drawn other conditions for them.")
     if board.left_out:
-        reasons = (f"{_escape(name)} {reason}" for name, reason in board.left_out.items())
+        reasons = (f"{escape(name)} {reason}" for name, reason in board.left_out.items())
         paragraphs.append(f"Left out: {'; '.join(reasons)}.")
-    paragraphs += map(_escape, notes)
+    paragraphs += map(escape, notes)
     for judge in others:
-        paragraphs += [f"## As {_escape(judge)} sees it", _table(board.ranked, _quality_columns(board, judge), judge)]
+        paragraphs += [
+            f"## As {escape(judge)} sees it",
+            make_table(board.ranked, _quality_columns(board, judge), judge),
+        ]
         if any(system.is_taught_by(judge) for system in board.ranked):
             paragraphs.append(
-                f"{DAGGER} {_escape(judge)} had a part in this system's training: the score is not independent."
+                f"{DAGGER} {escape(judge)} had a part in this system's training: the score is not independent."
             )
     paragraphs += [f"## {text}\n\n![{text}]({name})" for name, text in PICTURES.items()]
     for other in board.others:
         paragraphs += [
-            f"## Systems of other labels: {_escape(_labels(other))}",
-            f"In the order of {_escape(other.judges[0])}'s top-k on {_lists(other)}. It taught none of these systems.",
+            f"## Systems of other labels: {escape(labels_in_words(other))}",
+            f"In the order of {escape(other.judges[0])}'s top-k on {_lists(other)}. It taught none of these systems.",
             _main_table(other),
             _machine_note(other, other.ranked),
             *_notes(other),
@@ -285,14 +293,14 @@ def render_markdown(board: Leaderboard, folder: Path, notes: Sequence[str] = (),
 def _main_table(board: Leaderboard) -> str:
     """Makes the table of all numbers, as the judge that ranks sees them."""
     columns = _quality_columns(board, board.judges[0]) + _inception_columns(board.ranked)
-    return _table(board.ranked, columns + _cost_columns(board, board.ranked))
+    return make_table(board.ranked, columns + _cost_columns(board, board.ranked))
 
 
 def _lists(board: Leaderboard) -> str:
-    return " and ".join(f"`{_escape(name)}`" for name in board.main_protocols)
+    return " and ".join(f"`{escape(name)}`" for name in board.main_protocols)
 
 
-def _labels(board: Leaderboard) -> str:
+def labels_in_words(board: Leaderboard) -> str:
     """Names the labels of a leaderboard by the first three."""
     names = board.label_names
     return ", ".join(names[:3]) + (f", ... ({len(names)} labels)" if len(names) > 3 else "")
@@ -317,9 +325,9 @@ def render_summary(board: Leaderboard, folder: str) -> str:
     folder = quote(folder)
     return "\n\n".join(
         [
-            _table(board.ranked, columns),
+            make_table(board.ranked, columns),
             *_seen_notes(board, board.main_protocols),
-            f"As {_escape(judge)} sees it, which taught none of the systems; 95 % intervals in brackets."
+            f"As {escape(judge)} sees it, which taught none of the systems; 95 % intervals in brackets."
             f" {_machine_note(board, board.ranked)} By other judges, on other lists, by label, and as images:"
             f" [the leaderboard]({folder}/leaderboard.md).",
             f"![{text}]({folder}/{plot})",
@@ -393,7 +401,7 @@ def render_csv(board: Leaderboard) -> str:
 
     write("system", "judge", "judge_taught_it", "protocol", "part", "metric", "value", "low", "high")
     for one in (board, *board.others):
-        real = REAL if one is board else f"{REAL}: {_labels(one)}"
+        real = REAL if one is board else f"{REAL}: {labels_in_words(one)}"
         for judge in one.judges:
             for row in _ceilings(one, judge):
                 write(real, judge, "", *row)
@@ -439,9 +447,17 @@ def _scores(board: Leaderboard, system: System, judge: str) -> Iterator[list[Any
         tables[protocol, "all"] = scores["all"]
         tables |= {(protocol, f"num_objects {k}"): part for k, part in scores["by_num_objects"].items()}
         tables |= {(protocol, part): metrics for part, metrics in scores.get("by_seen", {}).items()}
-    for (protocol, part), metrics in tables.items():
-        for metric in METRICS:
-            yield [protocol, part, metric, *(metrics[metric][bound] for bound in ("value", "low", "high"))]
+    negations = {}
+    for protocol in board.drawn:
+        scores = system.find("protocols", protocol, "judges", judge) or {}
+        if best := scores.get("best_of"):
+            tables[protocol, f"best of {best['num_candidates']}"] = best["all"]
+        if negation := scores.get("negation"):
+            negations[protocol, "negation"] = negation
+    for metrics_of, found in ((METRICS, tables), (NEGATION, negations)):
+        for (protocol, part), metrics in found.items():
+            for metric in metrics_of:
+                yield [protocol, part, metric, *(metrics[metric][bound] for bound in ("value", "low", "high"))]
 
 
 def _lists_name(board: Leaderboard) -> str:

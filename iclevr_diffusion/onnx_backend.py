@@ -3,10 +3,12 @@
 import hashlib
 import inspect
 import json
+import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +64,10 @@ class OnnxDDPMPipeline(ConditionalDDPMPipeline):
                 f'`backend` must be "torch" for a {type(pipeline).__name__}, got "onnx", which takes the steps of a'
                 " ConditionalDDPMPipeline in one graph."
             )
+        if pipeline.guide is not None:
+            raise ValueError(
+                '`backend` must be "torch" for a pipeline with a `guide`, got "onnx", whose graph holds one network.'
+            )
         if missing := [name for name in _PACKAGES if util.find_spec(name) is None]:
             raise ImportError(
                 f'`backend="onnx"` needs {" and ".join(missing)}; install them by `pip install'
@@ -73,6 +79,7 @@ class OnnxDDPMPipeline(ConditionalDDPMPipeline):
             label_names=pipeline.vocabulary.names,
             default_num_inference_steps=pipeline.config.default_num_inference_steps,
             default_guidance_scale=pipeline.config.default_guidance_scale,
+            student_num_inference_steps=pipeline.config.student_num_inference_steps,
         )
         made._check_weights()
         made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
@@ -326,6 +333,24 @@ def _write_graph(unet: nn.Module, path: Path) -> None:
     onnx.save(model, path)
 
 
+@contextmanager
+def _silent_registry() -> Iterator[None]:
+    """Keeps torch from saying that it cannot export the operations of torchvision, which no network here has.
+
+    It lists all operations that it knows before an export, and says of each of a package that is missing that it skips it.
+    """
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+
+    def is_of_interest(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("torchvision is not installed")
+
+    logger.addFilter(is_of_interest)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_interest)
+
+
 def _export_step(unet: nn.Module) -> Any:  # noqa: ANN401 -- a package that may be missing
     num_steps, num_rows, num_images = 4, 2, 3  # none of them 1, which an export would take for a constant
     config = unet.config
@@ -351,7 +376,7 @@ def _export_step(unet: nn.Module) -> Any:  # noqa: ANN401 -- a package that may 
         dynamic["is_null"] = {0: auto}
     was_training = unet.training
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _silent_registry():
             warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
             program = torch.onnx.export(
                 _Step(unet).eval(),

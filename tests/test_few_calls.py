@@ -142,6 +142,8 @@ def test_a_pipeline_of_fewer_steps_is_drawn_as_it_ships_only(tiny_pipeline, yard
         return [point.name for point in few.points(["euler", "euler-even"], steps, [None], [(0.0, 1.0)])]
 
     assert points_of(student, [5, 10]) == ["as it ships"]
+    student.register_to_config(student_num_inference_steps=4)
+    assert points_of(student, [4, 10]) == ["as it ships"]
     # This teacher predicts epsilon, for which `euler` has the pipeline's own times.
     assert points_of(tiny_pipeline, [5, 10]) == ["as it ships", "euler, 5", "euler, 10", "1000 steps"]
     # A GAN takes no steps.

@@ -214,6 +214,96 @@ def test_a_table_has_a_column_for_each_further_protocol_that_all_have_drawn():
     ]
 
 
+def with_negation(results, both=0.6, protocol="negated"):
+    negation = {"num_images": 960, "present": estimate(0.8), "absent": estimate(0.7), "both": estimate(both)}
+    results["protocols"][protocol]["judges"]["judge-a"]["negation"] = negation | {"ceiling": 0.9}
+    return results
+
+
+def with_best_of(results, top_k=0.95, protocol="test"):
+    best = {"num_candidates": 4, "all": make_scores(top_k)}
+    results["protocols"][protocol]["judges"]["judge-a"]["best_of"] = best
+    return results
+
+
+def written(tmp_path, *results):
+    comparison = Comparison([save(tmp_path, part) for part in results], out=tmp_path)
+    return comparison.texts[tmp_path / "leaderboard.md"], list(
+        csv.DictReader(comparison.texts[tmp_path / "leaderboard.csv"].splitlines())
+    )
+
+
+def test_negation_is_shown_of_the_systems_that_have_drawn_it_though_others_cannot(tmp_path):
+    lists = ("test", "new_test", "negated")
+    three = [with_negation(make_results(name, protocols=lists), both) for name, both in (("a", 0.5), ("b", 0.6))]
+    text, rows = written(tmp_path, *three, make_results("gan"))
+    table = rows_of(text, "What was not to be shown")
+    assert list(table) == ["*real images, held out*", "a", "b"]
+    assert table["b"] == {
+        "system": "b",
+        "all asked for seen": "0.800 [0.790, 0.810]",
+        "nothing negated seen": "0.700 [0.690, 0.710]",
+        "both": "**0.600 [0.590, 0.610]**",
+    }
+    assert [table["*real images, held out*"][title] for title in ("nothing negated seen", "both")] == ["-", "0.900"]
+    found = [row for row in rows if row["part"] == "negation" and row["system"] == "b"]
+    assert {(row["protocol"], row["metric"], row["value"], row["low"]) for row in found} == {
+        ("negated", "present", "0.8", "0.79"),
+        ("negated", "absent", "0.7", "0.69"),
+        ("negated", "both", "0.6", "0.59"),
+    }
+    assert "What was not to be shown" not in render_markdown(board_of(make_results()), Path())
+
+
+def test_images_that_the_model_picked_are_marked_and_neither_rank_nor_are_best(tmp_path):
+    text, rows = written(tmp_path, with_best_of(make_results("a", 0.7)), make_results("b", 0.9))
+    assert list(rows_of(text, "As judge-a sees it")) == ["*real images, held out*", "b", "a"]
+    table = rows_of(text, "Images that the model picked")
+    assert table == {
+        "a": {
+            "system": "a",
+            "n": "4",
+            "top-k, one image": "0.720 [0.710, 0.730]",
+            "top-k, best of n §": "0.950 [0.940, 0.960]",
+            "exact match, one image": "0.520 [0.510, 0.530]",
+            "exact match, best of n §": "0.750 [0.740, 0.760]",
+        }
+    }
+    best = [row for row in rows if row["part"] == "best of 4"]
+    assert {row["metric"]: row["value"] for row in best}["top_k"] == "0.95" and len(best) == 6
+    both = [with_best_of(make_results("a", 0.5)), with_best_of(make_results("b", 0.6), 0.7)]
+    table = rows_of(written(tmp_path / "both", *both)[0], "Images that the model picked")
+    assert [table["a"]["top-k, best of n §"][0], table["b"]["top-k, one image"][:2]] == ["0", "**"]
+
+
+def test_asides_are_shown_of_the_protocols_asked_for_alone_and_apart_where_conditions_differ(tmp_path):
+    lists = ("test", "new_test", "negated")
+    one, other = (with_negation(make_results(name, protocols=lists)) for name in ("a", "b"))
+    chosen = Comparison([save(tmp_path, one)], out=tmp_path, protocols=["test"])
+    assert "What was not to be shown" not in chosen.texts[tmp_path / "leaderboard.md"]
+    other["protocols"]["negated"]["sha256"] = "0" * 64
+    text, _ = written(tmp_path / "both", one, other)
+    assert "The list `negated`, with the conditions negated0:" in text
+    assert "The list `negated`, with the conditions 00000000:" in text
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            {"best_of": {"num_candidates": -1, "all": make_scores(0.5)}},
+            "best_of.num_candidates must be a whole number",
+        ),
+        ({"negation": {"present": estimate(0.5), "absent": estimate(0.5)}}, "negation.both is missing"),
+    ],
+)
+def test_asides_of_another_form_are_refused(tmp_path, part, message):
+    results = make_results()
+    results["protocols"]["test"]["judges"]["judge-a"] |= part
+    with pytest.raises(ValueError, match=f"malformed: protocols.test.judges.judge-a.{message}"):
+        load_system(save(tmp_path, results))
+
+
 def test_without_the_lists_of_the_task_the_first_protocol_ranks():
     board = board_of(
         make_results("a", 0.7, protocols=("crowded", "all")), make_results("b", protocols=("all", "crowded"))

@@ -108,9 +108,23 @@ def test_a_kernel_of_the_device_is_counted_once():
     assert limits.condense([started, kernel], torch.device("cuda")) == {"linear layers": 3.0}
 
 
+@pytest.mark.parametrize(("duration", "num_runs", "num_profiled"), [(6.0, 2, 1), (4.0, 5, 3)])
+def test_what_takes_long_is_measured_and_profiled_once(monkeypatch, duration, num_runs, num_profiled):
+    clock, runs = [0.0], []
+
+    def run():
+        runs.append(1)
+        clock[0] += duration
+
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: clock[0])
+    assert limits.median_seconds(run, torch.device("cpu"), seconds=2.0) == duration and len(runs) == num_runs
+    limits.profile_run(run, torch.device("cpu"), duration)
+    assert len(runs) == num_runs + num_profiled
+
+
 def test_a_profile_has_shares_of_all_the_time():
     layer, x = nn.Conv2d(3, 8, 3), torch.zeros(2, 3, 16, 16)
-    shares = limits.profile_run(lambda: layer(x), torch.device("cpu"))
+    shares = limits.profile_run(lambda: layer(x), torch.device("cpu"), seconds=0.01)
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["convolutions"] > 0
 

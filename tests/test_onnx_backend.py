@@ -1,6 +1,7 @@
 import importlib.util
-import re
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -208,6 +210,25 @@ def test_a_file_is_written_whole_or_not_at_all(pipeline, needs_runtime, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_the_first_drawing_says_nothing_of_packages_that_are_not_needed(pipeline, needs_runtime, tmp_path, capfd):
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            backend.graph_file(pipeline.unet, tmp_path)
+        logger.warning("torchvision is not installed. Skipping %s", "torchvision::nms")  # by someone else, later
+    finally:
+        logger.removeHandler(handler)
+    assert [record.args for record in records] == [("torchvision::nms",)]
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("torchvision") <= 2  # the line above
+
+
 # What is refused
 
 
@@ -251,7 +272,7 @@ def test_a_saved_pipeline_is_opened_with_this_backend(pipeline, graphs, tmp_path
 
 
 def test_an_unknown_backend_and_a_model_without_steps_are_refused(needs_runtime):
-    with pytest.raises(ValueError, match=re.escape('`backend` must be "torch" or "onnx", got \'abacus\'.')):
+    with pytest.raises(ValueError, match="`backend` must be one of torch, compiled, onnx, got 'abacus'."):
         load_pipeline(backend="abacus")
     with pytest.raises(ValueError, match='must be "torch" for a ConditionalGANPipeline, got "onnx"'):
         load_pipeline("dcgan-evaluator-cured-real", backend="onnx")
@@ -294,3 +315,31 @@ def test_the_benchmark_measures_what_runs_and_says_what_does_not_and_goes_on_aft
 
     monkeypatch.setattr(benchmark, "make_system", lambda *_: pytest.fail("it was measured again"))
     assert list(run("1").values()) == [one_step]
+
+
+# Other networks
+
+
+@pytest.mark.parametrize(
+    ("changes", "scheduler"),
+    [
+        ({"prediction_type": "edm"}, EDMDPMSolverMultistepScheduler(sigma_data=1.0)),
+        ({"label_encoding": "tokens"}, FlowMatchEulerDiscreteScheduler(shift=4.0)),
+    ],
+    ids=["preconditioned", "of tokens"],
+)
+def test_preconditioned_networks_and_those_of_tokens_draw_as_under_torch(pipeline, graphs, changes, scheduler):
+    torch.manual_seed(0)
+    unet = MultiLabelUNet2DModel.from_config({**pipeline.unet.config, **changes}).eval()
+    torch.nn.init.normal_(unet.class_embedding.weight, std=3.0)
+    pipeline = ConditionalDDPMPipeline(unet, scheduler, NAMES, 3, 2.0)
+    expected = draw(pipeline)
+    drawn = draw(OnnxDDPMPipeline.from_torch(pipeline, graphs))
+    np.testing.assert_allclose(drawn, expected, atol=1e-4)
+    assert np.abs(draw(pipeline, LABELS[::-1]) - expected).max() > 1e-3  # the labels are seen
+
+
+def test_a_guide_is_refused_as_a_graph_holds_one_network(pipeline, needs_runtime):
+    guided = ConditionalDDPMPipeline(pipeline.unet, pipeline.scheduler, NAMES, guide=make_pipeline().unet)
+    with pytest.raises(ValueError, match='`backend` must be "torch" for a pipeline with a `guide`, got "onnx"'):
+        OnnxDDPMPipeline.from_torch(guided)

@@ -1,0 +1,36 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from iclevr_diffusion.environment import lost_processes_note
+
+
+@pytest.fixture
+def lost(monkeypatch):
+    """What a process finds that `accelerate launch --cpu --num_processes 2` has started alone."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+
+
+def test_a_process_that_was_not_to_be_alone_is_told_how_to_start_the_others(lost):
+    assert "--config_file train_scripts/accelerate/two_cpu.yaml" in lost_processes_note(1)
+    assert lost_processes_note(2) is None
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_CPU", "MASTER_PORT"])
+def test_a_process_that_was_to_be_alone_is_told_nothing(lost, monkeypatch, variable):
+    monkeypatch.delenv(variable)
+    assert lost_processes_note(1) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_processes", "expected"), [("2", "two_cpu.yaml"), ("1", "None")])
+def test_accelerate_still_starts_one_process_where_several_are_asked_for_on_the_cpu(tmp_path, num_processes, expected):
+    script = tmp_path / "script.py"
+    script.write_text("from iclevr_diffusion.environment import lost_processes_note as n; print(n(1))")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", num_processes]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
+    out = subprocess.run([*launch, str(script)], env=environment, capture_output=True, text=True, check=True).stdout
+    assert expected in out and out.count("\n") == 1
