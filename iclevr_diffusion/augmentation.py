@@ -1,9 +1,9 @@
 """Random changes of images.
 
 A judge is trained on sharp, clean images and then reads generated ones, which are shifted, blurred, noisy and off in
-light: `augment`, which leaves the labels true. A discriminator that sees few images learns them by heart unless it,
+light: `augment`, which leaves the labels true (mirrored ones only where a mirror leaves them true). A discriminator that sees few images learns them by heart unless it,
 and the generator through it, sees them changed: `diff_augment`. Every function takes and returns `pixel_values`
-(B, C, H, W), where C is 3 for a judge, draws afresh for each image of the batch, and draws from `generator` alone, so
+(B, C, H, W), where C is 1 for grey, 3 for RGB and 4 for RGBA, draws afresh for each image of the batch, and draws from `generator` alone, so
 that the same generator state gives the same images.
 """
 
@@ -24,7 +24,7 @@ def _uniform(
 
 
 def random_flip(pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Mirrors half of the images left to right; labels name colour and shape, which a mirror keeps."""
+    """Mirrors half of the images left to right, for labels that a mirror keeps, as it does colour and shape."""
     return torch.where(_uniform(pixel_values, 0, 1, generator) < 0.5, pixel_values.flip(-1), pixel_values)
 
 
@@ -35,7 +35,7 @@ def random_shift(pixel_values: Tensor, max_shift: int = 4, generator: torch.Gene
     rows = (torch.arange(height, device=shift.device) + shift[0]).clamp(0, height - 1)
     columns = (torch.arange(width, device=shift.device) + shift[1]).clamp(0, width - 1)
     image = torch.arange(batch, device=shift.device)[:, None, None]
-    # Indexing moves the channels last: (B, H, W, 3).
+    # Indexing moves the channels last: (B, H, W, C).
     return pixel_values.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -45,8 +45,9 @@ def random_blur(
     """Mixes each image with its blurred copy: 1 is the blur (a 5x5 binomial), 0 the image, below 0 sharpens."""
     weight = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=pixel_values.device, dtype=pixel_values.dtype) / 16
     padded = F.pad(pixel_values, (2, 2, 2, 2), mode="replicate")
-    blurred = F.conv2d(padded, weight.expand(3, 1, 1, 5), groups=3)
-    blurred = F.conv2d(blurred, weight[:, None].expand(3, 1, 5, 1), groups=3)
+    channels = pixel_values.shape[1]
+    blurred = F.conv2d(padded, weight.expand(channels, 1, 1, 5), groups=channels)
+    blurred = F.conv2d(blurred, weight[:, None].expand(channels, 1, 5, 1), groups=channels)
     return torch.lerp(pixel_values, blurred, _uniform(pixel_values, low, high, generator))
 
 
@@ -70,17 +71,21 @@ def random_light(
 ) -> Tensor:
     """Changes contrast about the image's mean by a factor, then adds a brightness, and to each channel a tint.
 
+    The fourth channel, opacity, is no light and stays.
+
     Args:
-        pixel_values: Images (B, 3, H, W).
+        pixel_values: Images (B, C, H, W).
         brightness: Largest amount added to or taken from an image.
         contrast: The factor lies in [1 - contrast, 1 + contrast).
         tint: Largest amount added to or taken from one channel; small, because colours are labels.
         generator: Source of the draws.
     """
-    mean = pixel_values.mean((1, 2, 3), keepdim=True)
-    factor = _uniform(pixel_values, 1 - contrast, 1 + contrast, generator)
-    offset = _uniform(pixel_values, -brightness, brightness, generator)
-    return mean + factor * (pixel_values - mean) + offset + _uniform(pixel_values, -tint, tint, generator, channels=3)
+    light, opacity = pixel_values[:, :3], pixel_values[:, 3:]
+    mean = light.mean((1, 2, 3), keepdim=True)
+    factor = _uniform(light, 1 - contrast, 1 + contrast, generator)
+    offset = _uniform(light, -brightness, brightness, generator)
+    tints = _uniform(light, -tint, tint, generator, channels=light.shape[1])
+    return torch.cat([mean + factor * (light - mean) + offset + tints, opacity], dim=1)
 
 
 def random_noise(pixel_values: Tensor, max_std: float = 0.1, generator: torch.Generator | None = None) -> Tensor:
@@ -89,9 +94,16 @@ def random_noise(pixel_values: Tensor, max_std: float = 0.1, generator: torch.Ge
     return pixel_values + _uniform(pixel_values, 0, max_std, generator) * noise
 
 
-def augment(pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Flips, shifts, resamples, blurs or sharpens, relights and roughens images in [-1, 1]; cuts the result to [-1, 1]."""
-    pixel_values = random_shift(random_flip(pixel_values, generator), generator=generator)
+def augment(pixel_values: Tensor, generator: torch.Generator | None = None, *, flip: bool = True) -> Tensor:
+    """Flips, shifts, resamples, blurs or sharpens, relights and roughens images in [-1, 1]; cuts the result to [-1, 1].
+
+    Args:
+        pixel_values: Images (B, C, H, W), which are moved by up to a sixteenth of their width.
+        generator: Source of the draws.
+        flip: Whether half of the images are mirrored, as labels such as "left" or digits forbid.
+    """
+    pixel_values = random_flip(pixel_values, generator) if flip else pixel_values
+    pixel_values = random_shift(pixel_values, max(1, pixel_values.shape[-1] // 16), generator)
     pixel_values = random_resample(pixel_values, generator)
     pixel_values = random_light(random_blur(pixel_values, generator=generator), generator=generator)
     return random_noise(pixel_values, generator=generator).clamp(-1, 1)

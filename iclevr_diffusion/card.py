@@ -2,12 +2,14 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
+
+from iclevr_diffusion.files import run_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +171,9 @@ def render_card(
         maps_images=maps_images,
         scheduler_class=index.get("scheduler", [None, None])[1],
         prediction_type=config.get("prediction_type"),
+        has_guide="guide" in index,
         image_size=image_size,
-        channels={1: "grey", 3: "RGB"}.get(num_channels, f"{num_channels} channels"),
+        channels={1: "grey", 3: "RGB", 4: "RGBA"}.get(num_channels, f"{num_channels} channels"),
         label_names=label_names,
         num_values=num_values,
         dtypes=dtypes,
@@ -179,6 +182,8 @@ def render_card(
         duration=_duration(training["seconds"]) if training else None,
         results=results,
         rows=rows,
+        negations=_negation_rows(results),
+        picked=_picked_rows(results),
     )
     return f"{str(card).rstrip()}\n"
 
@@ -258,6 +263,30 @@ def _rows(results: Mapping[str, Any], *, is_pipeline: bool) -> list[dict[str, An
     return rows
 
 
+def _negation_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lists as text what was drawn of labels that were negated."""
+    return [
+        {"list": name, "judge": judge, "num_images": f"{part['num_images']:,}"}
+        | {key: _decimals(scores["negation"][key]["value"]) for key in ("present", "absent", "both")}
+        | {"interval": _interval(scores["negation"]["both"]), "real": _decimals(scores["negation"].get("ceiling"))}
+        for name, part in results.get("protocols", {}).items()
+        for judge, scores in part["judges"].items()
+        if "negation" in scores
+    ]
+
+
+def _picked_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lists as text the scores of images that the model's own losses picked."""
+    return [
+        {"list": name, "judge": judge, "num_candidates": best["num_candidates"]}
+        | {"num_images": f"{best['all']['num_images']:,}", "interval": _interval(best["all"]["top_k"])}
+        | {key: _decimals(best["all"][key]["value"]) for key in ("top_k", "exact_match")}
+        for name, part in results.get("protocols", {}).items()
+        for judge, scores in part["judges"].items()
+        if (best := scores.get("best_of"))
+    ]
+
+
 def _decimals(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
@@ -285,9 +314,10 @@ def _template() -> Path:
 
 
 def _networks(folder: Path, index: Mapping[str, Any]) -> list[Path]:
-    """Lists the folders of a published model's networks: those of a pipeline, or the judge's own."""
+    """Lists the folders of a published model's networks: those of a pipeline, its guide last, or the judge's own."""
     components = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
-    return [folder / name for name, (library, _) in components.items() if library != "diffusers"] or [folder]
+    names = [name for name, (library, _) in components.items() if library != "diffusers"]
+    return [folder / name for name in sorted(names, key=lambda name: name == "guide")] or [folder]
 
 
 def _count_weights(networks: Sequence[Path]) -> tuple[int, list[str]]:
@@ -309,7 +339,7 @@ def _read(file: Path) -> Any:  # noqa: ANN401 -- any JSON
 def _without_folders(value: Any) -> Any:  # noqa: ANN401 -- any value of a recipe
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
-    return PurePath(value).name if isinstance(value, str) else value
+    return run_name(value) if isinstance(value, str) else value
 
 
 def _duration(seconds: float) -> str:

@@ -31,7 +31,10 @@ class TrainConfig:
 
     output_dir: str = option("outputs", "folder of everything that the run writes", may_change=True)
     seed: int = option(0, "decides initial weights, data order, noise")
-    max_steps: int = option(2000, "optimisation steps; a resumed run may take more where the schedule so far agrees")
+    max_steps: int = option(
+        2000,
+        "optimisation steps; a resumed run may have others, and another schedule, where the learning rate so far agrees",
+    )
     max_minutes: float | None = option(
         None,
         "minutes after which a run ends early, those before it was resumed counted in; none is no limit",

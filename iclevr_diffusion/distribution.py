@@ -214,10 +214,10 @@ def memorisation(
     nor the device's rounding changes the result. A mirrored or shifted copy is not found.
 
     Args:
-        generated: Generated images, uint8 (M, 3, H, W) in [0, 255].
-        train: The images the generator was trained on, uint8 (N, 3, H, W); may be a memory map.
+        generated: Generated images, uint8 (M, C, H, W) in [0, 255].
+        train: The images the generator was trained on, uint8 (N, C, H, W); may be a memory map.
         train_scenes: Number of each training image's scene, int (N,), at least two different ones.
-        held_out: Real images that the generator did not see, uint8 (K, 3, H, W): what the same measures are for them is
+        held_out: Real images that the generator did not see, uint8 (K, C, H, W): what the same measures are for them is
             what an honest generator reaches.
 
     Returns:
@@ -359,8 +359,8 @@ def _check_features(features: Tensor, name: str) -> Tensor:
 
 
 def _check_images(images: np.ndarray, name: str, shape: tuple[int, ...] | None = None) -> None:
-    expected = "(num_images, 3, H, W)" if shape is None else f"(num_images, {', '.join(map(str, shape))})"
-    fits = images.ndim == 4 and images.shape[1] == 3 and (shape is None or images.shape[1:] == shape)
+    expected = "(num_images, C, H, W)" if shape is None else f"(num_images, {', '.join(map(str, shape))})"
+    fits = images.ndim == 4 and (shape is None or images.shape[1:] == shape)
     if images.dtype != np.uint8 or not fits or images.size == 0:
         raise ValueError(
             f"`{name}` must hold at least one image as uint8 {expected} in [0, 255], got {images.dtype}"

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from iclevr_diffusion.images import to_image
+
 
 class Unit(NamedTuple):
     """One image of an evaluation: which condition of which protocol it shows, and for the how-manieth time."""
@@ -26,7 +28,7 @@ class Batch(NamedTuple):
 
     Args:
         units: What the images are.
-        pixel_values: The images, uint8 (B, 3, H, W).
+        pixel_values: The images, uint8 (B, C, H, W).
         record: What was written with them, such as how long they took.
     """
 
@@ -59,7 +61,7 @@ class Drawings:
         record: dict[str, Any],
         process_index: int = 0,
     ) -> None:
-        """Writes a batch of images, uint8 (B, 3, H, W), into a file of its own."""
+        """Writes a batch of images, uint8 (B, C, H, W) with C of 1, 3 or 4, into a file of its own."""
         columns = {
             "protocol": pa.array([unit.protocol for unit in units], pa.string()),
             "position": pa.array([unit.position for unit in units], pa.int32()),
@@ -115,10 +117,11 @@ def _units(table: pa.Table) -> list[Unit]:
 
 def _to_png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(image.transpose(1, 2, 0)).save(file, format="PNG", compress_level=1)
+    to_image(image).save(file, format="PNG", compress_level=1)
     return file.getvalue()
 
 
 def _from_png(content: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        pixel_values = np.asarray(image)  # (H, W) or (H, W, C)
+    return pixel_values.reshape(*pixel_values.shape[:2], -1).transpose(2, 0, 1)

@@ -11,7 +11,9 @@ from accelerate import PartialState
 
 from iclevr_diffusion.command_line import SAMPLING_OPTIONS, add_pipeline_arguments, open_pipeline
 from iclevr_diffusion.data import ImageStore, open_store
+from iclevr_diffusion.environment import lost_processes_note
 from iclevr_diffusion.evaluation import DEFAULT_NUM_SEEDS, Evaluator
+from iclevr_diffusion.files import run_name
 from iclevr_diffusion.hub import DEFAULT_JUDGES, DEFAULT_PIPELINE, training_facts
 from iclevr_diffusion.inception import WEIGHTS_NAME, InceptionFeatures
 from iclevr_diffusion.judging import load_judge
@@ -32,7 +34,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=None,
         help=f"what is drawn: {', '.join(PROTOCOLS)}, {MATCHED} (as often as in the held-out images of --data), or files"
-        f" in the form of test.json; by default test and new_test, or all for other labels, and {MATCHED} with --data",
+        f" in the form of test.json; by default test and new_test, or seen (or all) for other labels, and {MATCHED} with --data",
     )
     parser.add_argument(
         "--judges",
@@ -85,8 +87,7 @@ def judges_by_name(sources: Sequence[str]) -> dict[str, str]:
     """
     named: dict[str, str] = {}
     for source in sources:
-        path = Path(source).resolve()
-        name = path.parent.name if path.name == "judge" else path.name.removesuffix(".pth")
+        name = run_name(Path(source).resolve()).removesuffix(".pth")
         if name in named:
             raise ValueError(f"`judges` must have distinct names, got {named[name]} and {source}; rename one.")
         named[name] = source
@@ -96,6 +97,8 @@ def judges_by_name(sources: Sequence[str]) -> dict[str, str]:
 def evaluate(args: argparse.Namespace) -> None:
     """Sets the evaluation up as the command line says, runs it and prints the scores."""
     state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))  # for processes of unlike speed
+    if note := lost_processes_note(state.num_processes):
+        print(note, file=sys.stderr)
     if args.device is not None and state.num_processes > 1 and args.device != "cpu":
         raise ValueError(f"`device` must be left out with several processes, got {args.device}: each has its own.")
     pipeline = open_pipeline(args, args.device or state.device)
@@ -144,7 +147,8 @@ def choose_protocols(
 ) -> list[Protocol]:
     """Opens the named protocols, or those that a pipeline is scored by if none is named."""
     if names is None:
-        names = [] if vocabulary is None else ["test", "new_test"] if vocabulary == ICLEVR_LABELS else ["all"]
+        ours = ["all"] if training_conditions is None else ["seen"]
+        names = [] if vocabulary is None else ["test", "new_test"] if vocabulary == ICLEVR_LABELS else ours
         names += [MATCHED] if store is not None else []
     if MATCHED in names and store is None:
         raise ValueError(f"`protocols`: {MATCHED} needs real images; give --data or set ICLEVR_ROOT.")
@@ -160,8 +164,7 @@ def choose_protocols(
 
 def pipeline_name(path_or_repo: str | None) -> str:
     """Names a pipeline by its folder; a folder called `pipeline` has the name of the run it lies in."""
-    path = Path(path_or_repo or DEFAULT_PIPELINE)
-    return path.resolve().parent.name if path.name in ("pipeline", "best_pipeline") else path.name
+    return run_name(Path(path_or_repo or DEFAULT_PIPELINE).resolve())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -30,7 +30,7 @@ from iclevr_diffusion.data import ImageStore
 from iclevr_diffusion.drawings import Drawings, Unit
 from iclevr_diffusion.environment import describe_environment
 from iclevr_diffusion.files import write_text
-from iclevr_diffusion.images import file_stem, make_grid, make_strip, save_png
+from iclevr_diffusion.images import file_stem, make_grid, make_strip, save_png, to_image
 from iclevr_diffusion.inception import InceptionFeatures
 from iclevr_diffusion.judging import Reading, check_judge_labels, read_images, weights_sha256
 from iclevr_diffusion.lift import NUM_DRAWS, choose_best, measure_lift
@@ -276,7 +276,7 @@ class Evaluator:
 
         Returns:
             By protocol the images of those whose images are compared with each other, uint8
-            (num_conditions * num_seeds, 3, H, W), and what each judge makes of all of them, in the same order.
+            (num_conditions * num_seeds, C, H, W), and what each judge makes of all of them, in the same order.
         """
         logits: dict[tuple[str, str], Tensor] = {}
         features: dict[tuple[str, str], Tensor] = {}
@@ -434,6 +434,11 @@ class Evaluator:
     def _networks(self) -> list[nn.Module]:
         return [model for _, model in sorted(self.pipeline.components.items()) if isinstance(model, nn.Module)]
 
+    def _of_networks(self, argument: str) -> int | None:
+        """Gives an argument of the first of the pipeline's networks that has one of this name."""
+        configs = [getattr(model, "config", {}) for model in self._networks]
+        return next((config[argument] for config in configs if config.get(argument) is not None), None)
+
     @property
     def _num_parameters(self) -> int:
         return sum(weight.numel() for model in self._networks for weight in model.parameters())
@@ -513,8 +518,8 @@ class Evaluator:
                 )
 
     def _check_judges(self, judges: Mapping[str, nn.Module]) -> None:
-        sizes = [getattr(getattr(model, "config", None), "sample_size", None) for model in self._networks]
-        size = next((size for size in sizes if size is not None), None)
+        size = self._of_networks("sample_size")
+        num_channels = self._of_networks("out_channels") or self._of_networks("in_channels")
         for name, judge in judges.items():
             if self.vocabulary is not None:
                 check_judge_labels(judge, self.vocabulary.names, name=f"`judges[{name!r}]`")
@@ -522,6 +527,11 @@ class Evaluator:
                 raise ValueError(
                     f"`judges[{name!r}]` must judge {size}-pixel images like the pipeline's, but takes"
                     f" {judge.config.image_size}; train a judge at that size."
+                )
+            if num_channels is not None and judge.config.in_channels != num_channels:
+                raise ValueError(
+                    f"`judges[{name!r}]` must judge images of {num_channels} channels like the pipeline's, but takes"
+                    f" {judge.config.in_channels}; train a judge on the pipeline's images."
                 )
 
     def _check_training_conditions(self, conditions: Sequence[Sequence[str]] | None) -> None:
@@ -542,12 +552,22 @@ class Evaluator:
             raise ValueError("`store` must have the labels of the pipeline, in the same order; it has others.")
         for name, judge in self.judges.items():
             check_judge_labels(judge, store.vocabulary.names, name=f"`judges[{name!r}]`")
-            size = judge.config.image_size
+            size, num_channels = judge.config.image_size, judge.config.in_channels
             if store.pixel_values.shape[2:] != (size, size):
                 raise ValueError(
                     f"`store` must hold images of {size}x{size} pixels, as judge {name!r} takes them, got"
                     f" {store.pixel_values.shape[2:]}; open it with `resolution={size}`."
                 )
+            if store.pixel_values.shape[1] != num_channels:
+                raise ValueError(
+                    f"`store` must hold images of {num_channels} channels, as judge {name!r} takes them, got"
+                    f" {store.pixel_values.shape[1]}; give the data that the judge was trained on."
+                )
+        if self.inception is not None and store.pixel_values.shape[1] != 3:
+            raise ValueError(
+                f"`inception` must be left out for images of {store.pixel_values.shape[1]} channels: FID and KID are of"
+                " RGB images."
+            )
         if matched is not None and matched.sha256 != matched_protocol(store).sha256:
             raise ValueError(
                 f"`store` must be the images that the protocol {MATCHED!r} was made from; make it anew with"
@@ -556,8 +576,8 @@ class Evaluator:
 
     def _check_images(self, images: Any, num_images: int) -> None:  # noqa: ANN401 -- whatever a pipeline returns
         """Refuses what judges could not read, or would read as something else, with the first batch that is drawn."""
-        size = next(iter(self.judges.values())).config.image_size
-        expected = (num_images, size, size, 3)
+        config = next(iter(self.judges.values())).config
+        expected = (num_images, config.image_size, config.image_size, config.in_channels)
         if not isinstance(images, np.ndarray) or images.shape != expected or images.dtype.kind != "f":
             got = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
             raise ValueError(
@@ -633,15 +653,15 @@ class Evaluator:
         output = self._call(requests, seeds, micro_batch_size=self.micro_batch_size, **states)
         images = getattr(output, "images", output)
         self._check_images(images, len(batch))
-        pixel_values = _to_uint8(images)
+        pixel_values = _to_uint8(images).transpose(0, 3, 1, 2)
         if keeps_states:
             for row, unit in enumerate(batch):
-                way = [_to_uint8(state[row]) for state in output.states] + [pixel_values[row]]
-                strip = make_strip([Image.fromarray(state) for state in way])
+                way = [_to_uint8(state[row]).transpose(2, 0, 1) for state in output.states] + [pixel_values[row]]
+                strip = make_strip([to_image(state) for state in way])
                 save_png(strip, self._picture_file(unit, "strips"), self._metadata(unit))
         self.drawings.add(
             batch,
-            pixel_values.transpose(0, 3, 1, 2),
+            pixel_values,
             labels=[self.protocols[unit.protocol].conditions[unit.position] for unit in batch],
             seeds=seeds,
             record={"time": time.time(), "environment": self._environment},
@@ -730,7 +750,7 @@ class Evaluator:
         images: dict[Unit, Image.Image] = {}
         for units, pixel_values, _ in self.drawings.batches(self._is_pictured):
             for unit, image in zip(units, pixel_values, strict=True):
-                images[unit] = Image.fromarray(image.transpose(1, 2, 0))
+                images[unit] = to_image(image)
         pictures: dict[str, tuple[Image.Image, dict[str, Any]]] = {}
         for name, protocol in self.protocols.items():
             requests = [protocol.request(position) for position in range(min(len(protocol), NUM_PICTURED))]

@@ -1,5 +1,5 @@
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 
 def write_text(path: Path, text: str) -> None:
@@ -8,6 +8,12 @@ def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8", newline="\n")
     os.replace(unfinished, path)
+
+
+def run_name(path: str | PurePath) -> str:
+    """Names what a path leads to by its last part, or by the run's folder where every run calls that part alike."""
+    path = PurePath(path)
+    return path.parent.name or path.name if path.name in ("pipeline", "best_pipeline", "judge") else path.name
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:

@@ -1,5 +1,6 @@
 """The two networks of a GAN that a run can train, as its configuration says."""
 
+import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ from iclevr_diffusion.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from iclevr_diffusion.models.projection import ProjectionDiscriminator
 from iclevr_diffusion.models.sagan import SAGANDiscriminator, SAGANGenerator
 from iclevr_diffusion.models.wgan import WGANCritic
-from iclevr_diffusion.training_data import DataConfig
+from iclevr_diffusion.training_data import DataConfig, check_sizes
 
 GENERATORS = {
     "dcgan": DCGANGenerator,
@@ -127,6 +128,10 @@ class GANNetworksConfig(AdversarialConfig):
                 f"`clip_weights` must be none for the discriminator {self.discriminator}, whose spectral norm scales"
                 f" clipped weights up again, got {self.clip_weights}."
             )
+        narrow = copy.copy(self)  # widths have no part in it
+        narrow.base_channels = narrow.discriminator_channels = 8
+        statistics = np.zeros((1, self.resolution, self.resolution), dtype=np.float32), 1.0
+        check_sizes(lambda: make_gan(narrow, int(self.conditional), 1, statistics), "cpu")
 
 
 def refuse_ignored(config: TrainConfig, name: str, needs: str, is_given: object) -> None:

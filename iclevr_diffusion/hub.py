@@ -20,6 +20,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from iclevr_diffusion.card import describe_training, render_card
+from iclevr_diffusion.files import run_name
 from iclevr_diffusion.models.cgan import CGANEmbeddingGenerator, CGANGenerator
 from iclevr_diffusion.models.classifier import LabelClassifier
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
@@ -52,6 +53,10 @@ MODEL_CLASSES = (
 )
 JUDGE_CLASSES = (LabelClassifier, SmallLabelClassifier)
 
+BACKENDS = ("torch", "compiled", "onnx")
+
+_FACTS = ("conditions", "data_sha256", "split", "judges")  # that `training_facts` tells
+
 EXPORT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # What the numbers of a published folder's card come from, and the label sets of the training images; it may lack any.
@@ -75,13 +80,46 @@ def shipped_folder(name: str) -> Path:
     return shipped[name]
 
 
+def find_folder(path_or_repo: str | Path | None = None, revision: str | None = None) -> Path:
+    """Finds the folder of a model, which a hub gives without source code and pickled weights.
+
+    Args:
+        path_or_repo: A folder, a hub's `owner/name`, or the name of a model that comes with the package; the package's
+            default model if not given.
+        revision: Branch, tag or commit of a hub's model.
+
+    Raises:
+        ValueError: If there is no such model, or `revision` is given for one on this machine.
+    """
+    local = None if path_or_repo is None else Path(path_or_repo).expanduser()
+    is_repo = isinstance(path_or_repo, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_repo) is not None
+    if revision is not None and (not is_repo or local.is_dir()):
+        raise ValueError(f"`revision` must be left out for a model on this machine, got {revision!r}.")
+    if local is None:
+        return shipped_folder(DEFAULT_PIPELINE)
+    if local.is_dir():
+        return local
+    if not is_repo:
+        if isinstance(path_or_repo, str) and re.fullmatch(r"\w[\w.-]*", path_or_repo):
+            return shipped_folder(path_or_repo)
+        raise ValueError(f"`path_or_repo` must be a folder or a hub's `owner/name`; there is no folder {local}.")
+    try:  # the patterns keep source code and pickled weights from being fetched at all
+        return Path(snapshot_download(path_or_repo, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"`path_or_repo` must be a folder or a hub's `owner/name`; there is no folder {path_or_repo}, and the hub"
+            f" does not give a model of this name{f' at revision {revision}' if revision else ''}: {error}"
+        ) from error
+
+
 def load_pipeline(
     path_or_repo: str | Path | None = None,
     *,
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    backend: Literal["torch", "onnx"] = "torch",
+    backend: Literal["torch", "compiled", "onnx"] = "torch",
+    guide: str | Path | None = None,
 ) -> LabelledPipeline:
     """Opens a pipeline from a training folder, a published folder or a hub, without running any code that lies there.
 
@@ -93,17 +131,21 @@ def load_pipeline(
         revision: Branch, tag or commit of a hub's model.
         device: Where to put the weights; the CPU if not given.
         dtype: What to turn the weights into; float32 if not given, whatever they are stored as.
-        backend: What runs a diffusion model's network: `torch`, or `onnx` for ONNX Runtime, which takes all steps in
-            one graph on the CPU, see `OnnxDDPMPipeline`.
+        backend: What runs a diffusion model's network: `torch`; `compiled` for `torch.compile`, on a GPU with CUDA graphs,
+            for few images at a time, where starting operations takes longer than the operations: a minute or more goes
+            into the first drawing of each batch size; or `onnx` for ONNX Runtime, which takes all steps in one graph on
+            the CPU, see `OnnxDDPMPipeline`.
+        guide: Another diffusion model, as `path_or_repo`, from whose predictions guidance leads away, see
+            `ConditionalDDPMPipeline`; a folder's own guide if not given. `export_pipeline` publishes it with the rest.
 
     Raises:
         ValueError: If there is no such model, or the folder is not whole, holds pickled weights, asks for a class that
             is not this package's, or for what the backend cannot do.
         ImportError: If a package that the backend takes is missing.
     """
-    if backend not in ("torch", "onnx"):
-        raise ValueError(f'`backend` must be "torch" or "onnx", got {backend!r}.')
-    folder = _find_folder(path_or_repo, revision)
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    folder = find_folder(path_or_repo, revision)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise ValueError(
@@ -124,10 +166,18 @@ def load_pipeline(
             raise ValueError(f"{index_file} must say of which class {name!r} is, and does not name it.")
         class_name = _class_name(arguments[name])
         arguments[name] = _load_component(folder / name, class_name, index_file, dtype or torch.float32)
+    for name in pipeline_class._optional_components:
+        entry = arguments.pop(name, None)
+        if guide is None and isinstance(entry, list) and entry[-1] is not None:
+            arguments[name] = _load_component(folder / name, _class_name(entry), index_file, dtype or torch.float32)
+    if guide is not None:
+        arguments["guide"] = _load_guide(guide, pipeline_class, arguments["label_names"], dtype)
     pipeline = pipeline_class(**arguments)
     pipeline.register_to_config(_name_or_path=str(path_or_repo or DEFAULT_PIPELINE))
     if device is not None:
         pipeline.to(device)
+    if backend == "compiled":
+        compile_networks(pipeline)
     if backend == "onnx":
         from iclevr_diffusion.onnx_backend import OnnxDDPMPipeline  # here, as it is slow to import
 
@@ -139,49 +189,67 @@ def training_facts(path_or_repo: str | Path | None = None, *, revision: str | No
     """Tells what a pipeline was trained on, where the folder says so.
 
     A published folder holds that itself (`conditions.json`, `training.json`); for a folder that a training run wrote,
-    such as `output_dir/pipeline`, it lies in `output_dir` (`conditions.json`, `data.json`).
+    such as `output_dir/pipeline`, it lies in `output_dir` (`conditions.json`, `data.json`). What weights have seen that
+    the run began with (`init_from`, see `first_weights_facts`) counts as seen by the pipeline.
 
     Args:
         path_or_repo: Folder, hub's `owner/name` or name of a pipeline, as `load_pipeline` takes it.
         revision: Branch, tag or commit of a hub's model.
 
     Returns:
-        `conditions`, the distinct label sets of the training images as a list of tuples of names; `data_sha256`, the
-        fingerprint of the data set that they are a part of (`ImageStore.sha256`); `split`, which part, where `all` held
-        nothing out; and `judges`, the names of those that scored the run on its way or taught it. None for what is not known.
+        `conditions`, the distinct label sets of the training images as a list of tuples of names, as far as the
+        pipeline knows these names; `data_sha256`, the fingerprint of the data set that the run's images are a part of
+        (`ImageStore.sha256`); `split`, which part, where `all` held nothing out, be it before this run; and `judges`,
+        the names of those that scored the run on its way or taught it. None for what is not known.
 
     Raises:
         ValueError: If there is no such pipeline, or one of the files is not of the right form.
     """
-    folder = _find_folder(path_or_repo, revision)
+    folder = find_folder(path_or_repo, revision)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise ValueError(f"{folder} must be a pipeline's folder with a model_index.json, and there is none.")
-    if isinstance(_read_json(index_file).get("_class_name"), list):
+    index = _read_json(index_file)
+    if isinstance(index.get("_class_name"), list):
         record = folder / "training.json"
         training = _read_json(record) if record.is_file() else {}
+        conditions = _read_conditions(folder / "conditions.json")
     else:
         folder = folder.resolve().parent
         if not (folder / "config.yaml").is_file():  # whatever lies there is not a run's
-            return {"conditions": None, "data_sha256": None, "split": None, "judges": None}
+            return dict.fromkeys(_FACTS)
         record = folder / "data.json"
-        training = _data_of_run(folder) | {
-            "config": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        }
+        training = _data_of_run(folder) | {"config": _config_of_run(folder)}
+        conditions = _conditions_of_run(folder, index.get("label_names"))
     data_sha256 = training.get("data_sha256")
     is_hash = isinstance(data_sha256, str) and re.fullmatch("[0-9a-f]{64}", data_sha256)
     if data_sha256 is not None and not is_hash:
         raise ValueError(f"{record} must name the images by a SHA-256 of 64 digits, got {data_sha256!r:.100}.")
     config = training.get("config")
     config = config if isinstance(config, dict) else {}
-    judges = [Path(config[key]).name for key in ("judge", "evaluator") if isinstance(config.get(key), str)]
-    judges += [judge for judge in training.get("teacher_judges") or [] if isinstance(judge, str)]
+    first = training.get("first_weights")
+    first = first if isinstance(first, dict) else {}
+    judges = [run_name(config[key]) for key in ("judge", "evaluator") if isinstance(config.get(key), str)]
+    for others in (training.get("teacher_judges"), first.get("judges")):
+        judges += [judge for judge in others or [] if isinstance(judge, str)]
     return {
-        "conditions": _read_conditions(folder / "conditions.json"),
+        "conditions": conditions,
         "data_sha256": data_sha256,
-        "split": training.get("split"),
+        "split": "all" if first.get("split") == "all" else training.get("split"),
         "judges": sorted(set(judges)) or None,
     }
+
+
+def first_weights_facts(source: str | Path) -> dict[str, Any]:
+    """Tells of the weights that a run begins with what `training_facts` tells of a pipeline.
+
+    Args:
+        source: What the option `init_from` takes: a pipeline, or the folder of a network, which may lie in a pipeline's.
+    """
+    folder = find_folder(source)
+    if not (folder / "model_index.json").is_file():
+        folder = folder.resolve().parent
+    return training_facts(folder) if (folder / "model_index.json").is_file() else dict.fromkeys(_FACTS)
 
 
 def open_judge(path_or_repo: str | Path) -> LabelClassifier | SmallLabelClassifier:
@@ -190,7 +258,7 @@ def open_judge(path_or_repo: str | Path) -> LabelClassifier | SmallLabelClassifi
     Raises:
         ValueError: If there is no such judge, or the folder is not whole or holds another model.
     """
-    folder = _find_folder(path_or_repo, None)
+    folder = find_folder(path_or_repo)
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{folder} must be a judge's folder with a config.json, and there is none.")
@@ -247,6 +315,9 @@ def export_pipeline(
             shutil.copyfile(source.with_name(f"{sibling}.py"), staging / f"{sibling}.py")
 
         for name, component in pipeline.components.items():
+            if component is None:  # an optional one
+                del index[name]
+                continue
             component = getattr(component, "_orig_mod", component)  # what torch.compile has wrapped
             if type(component) in MODEL_CLASSES:
                 source = Path(inspect.getfile(type(component)))
@@ -441,26 +512,39 @@ def push_to_hub(
     )
 
 
-def _find_folder(path_or_repo: str | Path | None, revision: str | None) -> Path:
-    local = None if path_or_repo is None else Path(path_or_repo).expanduser()
-    is_repo = isinstance(path_or_repo, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_repo) is not None
-    if revision is not None and (not is_repo or local.is_dir()):
-        raise ValueError(f"`revision` must be left out for a model on this machine, got {revision!r}.")
-    if local is None:
-        return shipped_folder(DEFAULT_PIPELINE)
-    if local.is_dir():
-        return local
-    if not is_repo:
-        if isinstance(path_or_repo, str) and re.fullmatch(r"\w[\w.-]*", path_or_repo):
-            return shipped_folder(path_or_repo)
-        raise ValueError(f"`path_or_repo` must be a folder or a hub's `owner/name`; there is no folder {local}.")
-    try:  # the patterns keep source code and pickled weights from being fetched at all
-        return Path(snapshot_download(path_or_repo, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError) as error:
+def _load_guide(
+    path_or_repo: str | Path, pipeline_class: type, label_names: Mapping[str, str], dtype: torch.dtype | None
+) -> torch.nn.Module:
+    """Opens the network of another pipeline of the same labels."""
+    if pipeline_class is not ConditionalDDPMPipeline:
+        raise ValueError(f"`guide` must be left out for a {pipeline_class.__name__}, got {path_or_repo}.")
+    try:
+        other = load_pipeline(path_or_repo, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"`guide`: {error}") from None
+    if type(other) is not ConditionalDDPMPipeline or other.config.label_names != label_names:
         raise ValueError(
-            f"`path_or_repo` must be a folder or a hub's `owner/name`; there is no folder {path_or_repo}, and the hub"
-            f" does not give a model of this name{f' at revision {revision}' if revision else ''}: {error}"
-        ) from error
+            f"`guide` must be a ConditionalDDPMPipeline of the same labels in the same order, got {path_or_repo}, a"
+            f" {type(other).__name__} of {', '.join((other.config.label_names or {}).values()) or 'none'}."
+        )
+    return other.unet
+
+
+def compile_networks(pipeline: LabelledPipeline) -> None:
+    """Has the networks of a diffusion model compiled when they are first called, and again for every other shape.
+
+    Raises:
+        ValueError: If the pipeline is of another kind.
+    """
+    if type(pipeline) is not ConditionalDDPMPipeline:
+        raise ValueError(
+            f'`backend` must be "torch" for a {type(pipeline).__name__}, which is called once, got "compiled".'
+        )
+    # Of many small operations a GPU waits for the next one; a CUDA graph starts all of them at once.
+    mode = "reduce-overhead" if pipeline.device.type == "cuda" else "default"
+    for network in pipeline.components.values():
+        if isinstance(network, torch.nn.Module):
+            network.compile(mode=mode, dynamic=False)
 
 
 def _load_component(
@@ -548,7 +632,9 @@ def _write_card(
         texts["results.json"] = json.dumps(results, indent=2) + "\n"
     if training is not None:
         texts["training.json"] = json.dumps(describe_training(training) | _data_of_run(training), indent=2) + "\n"
-        conditions = _read_conditions(Path(training) / "conditions.json")
+        index_file = folder / "model_index.json"
+        label_names = _read_json(index_file).get("label_names") if index_file.is_file() else None
+        conditions = _conditions_of_run(Path(training), label_names)
         if conditions is not None:
             texts["conditions.json"] = json.dumps(conditions) + "\n"
     records = {file: json.loads(text) for file, text in texts.items()}  # as the card will find them later
@@ -571,7 +657,36 @@ def _data_of_run(output_dir: str | Path) -> dict[str, Any]:
         return {}
     data = _read_json(file)
     facts = {"data_sha256": data.get("data"), "split": data.get("split")}
-    return facts | {key: data[key] for key in ("teacher_judges",) if key in data}  # of a student's teacher
+    facts |= {key: data[key] for key in ("teacher_judges",) if key in data}  # of a student's teacher
+    first = _first_weights_of_run(Path(output_dir))
+    return facts | ({"first_weights": {key: first.get(key) for key in _FACTS if key != "conditions"}} if first else {})
+
+
+def _config_of_run(output_dir: Path) -> Any:  # noqa: ANN401 -- any YAML
+    return yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
+
+
+def _first_weights_of_run(output_dir: Path) -> dict[str, Any]:
+    """Reads what `first_weights_facts` said when the run began; nothing of a run that began with none."""
+    file, config = output_dir / "first_weights.json", _config_of_run(output_dir)
+    # The file may be an earlier run's that had no checkpoint yet.
+    begins_with_some = isinstance(config, dict) and config.get("init_from") is not None
+    return _read_json(file) if begins_with_some and file.is_file() else {}
+
+
+def _conditions_of_run(output_dir: Path, label_names: Mapping[str, str] | None) -> list[tuple[str, ...]] | None:
+    """Reads the label sets of a run's images, and behind them those that its first weights have seen besides.
+
+    Args:
+        output_dir: The run's folder.
+        label_names: The labels of the run; sets with another label, which it cannot ask for, are left out.
+    """
+    conditions = _read_conditions(output_dir / "conditions.json")
+    if conditions is None:
+        return None
+    known, own = set((label_names or {}).values()), {frozenset(labels) for labels in conditions}
+    earlier = map(tuple, _first_weights_of_run(output_dir).get("conditions") or [])
+    return conditions + [labels for labels in earlier if known.issuperset(labels) and frozenset(labels) not in own]
 
 
 def _read_conditions(file: Path) -> list[tuple[str, ...]] | None:

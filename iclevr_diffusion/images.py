@@ -7,9 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+
+
+def to_image(pixel_values: np.ndarray) -> Image.Image:
+    """Makes an image of mode L, RGB or RGBA of uint8 `pixel_values` (C, H, W) with C of 1, 3 or 4."""
+    if len(pixel_values) == 1:
+        return Image.fromarray(np.ascontiguousarray(pixel_values[0]))
+    return Image.fromarray(np.ascontiguousarray(pixel_values.transpose(1, 2, 0)))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Makes an image of mode RGB, with white where it is transparent."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def make_grid(
@@ -44,7 +59,7 @@ def make_grid(
     cells = []
     for image, caption in zip(images, captions, strict=True):
         cell = Image.new("RGB", cell_size, "white")
-        enlarged = image.convert("RGB").resize((scale * width, scale * height), Image.Resampling.NEAREST)
+        enlarged = on_white(image).resize((scale * width, scale * height), Image.Resampling.NEAREST)
         cell.paste(enlarged, (margin, margin))
         draw = ImageDraw.Draw(cell)
         for line, text in enumerate(caption.splitlines()):
@@ -99,7 +114,7 @@ def make_table(
         draw.multiline_text((left - 2 * margin, middle), caption, "black", row_font, "rm", 0, "right")
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
-            enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            enlarged = on_white(image).resize((width, height), Image.Resampling.NEAREST)
             table.paste(enlarged, (left + column * (width + margin), top + row * (height + margin)))
     return table
 
@@ -119,7 +134,7 @@ def make_strip(states: Sequence[Image.Image]) -> Image.Image:
     """Joins the states of one image on its way from noise to result, left to right."""
     if not states:
         raise ValueError("`states` must hold at least one image; ask the pipeline for them with `num_states`.")
-    return make_image_grid([state.convert("RGB") for state in states], rows=1, cols=len(states))
+    return make_image_grid([on_white(state) for state in states], rows=1, cols=len(states))
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any]) -> None:
@@ -140,7 +155,7 @@ def save_gif(frames: Sequence[Image.Image], path: str | Path, metadata: Mapping[
     """
     if not frames:
         raise ValueError("`frames` must hold at least one image, got none.")
-    first, *others = (frame.convert("RGB") for frame in frames)
+    first, *others = (on_white(frame) for frame in frames)
     comment = json.dumps(dict(metadata)).encode("ascii")
     options = {"save_all": True, "append_images": others, "duration": duration, "loop": 0, "comment": comment}
     _save_whole(first, Path(path), format="GIF", **options)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from iclevr_diffusion.conversion import convert_evaluator_checkpoint
 from iclevr_diffusion.data import normalize
-from iclevr_diffusion.images import make_grid
+from iclevr_diffusion.images import make_grid, to_image
 from iclevr_diffusion.models.classifier import LabelClassifier
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.scores import exact_match
@@ -65,11 +65,18 @@ def check_judge_labels(judge: nn.Module, label_names: Sequence[str], *, name: st
 def weights_sha256(*models: nn.Module) -> str:
     """Hashes models: their configurations, and parameters and buffers by name, type, shape and value.
 
-    Two models of one hash give the same outputs, however their files are cut.
+    Two models of one hash give the same outputs, however their files are cut. An argument that a class got later, by its
+    `_later_arguments`, is left out where it has the value that stands for what the class did before: weights keep their
+    hash when their class learns something new.
     """
     digest = hashlib.sha256()
     for model in models:
-        config = {key: value for key, value in getattr(model, "config", {}).items() if not key.startswith("_")}
+        later = getattr(model, "_later_arguments", {})
+        config = {
+            key: value
+            for key, value in getattr(model, "config", {}).items()
+            if not key.startswith("_") and (key not in later or value != later[key])
+        }
         digest.update(f"{json.dumps(config, sort_keys=True)}\n".encode())
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -97,7 +104,7 @@ def read_images(judge: nn.Module, pixel_values: np.ndarray, *, batch_size: int =
 
     Args:
         judge: A float32 network with `extract_features` and `classifier`, on any device.
-        pixel_values: Images, uint8 (N, 3, H, W) in [0, 255]; may be mapped from a file, which is read batch by batch.
+        pixel_values: Images, uint8 (N, C, H, W) in [0, 255]; may be mapped from a file, which is read batch by batch.
         batch_size: Images that go through the network at once.
     """
     if batch_size < 1:
@@ -174,7 +181,7 @@ def draw_readings(
     Of more than 64 images 64 are drawn, evenly spread over all.
 
     Args:
-        pixel_values: Images, uint8 (N, 3, H, W), N at least 1.
+        pixel_values: Images, uint8 (N, C, H, W), N at least 1.
         class_labels: What they show (N, num_classes); an entry above 0 is an object.
         seen: What each judge sees, by its name, bool (N, num_classes).
         label_names: Name of each class.
@@ -187,6 +194,6 @@ def draw_readings(
             for name, is_shown, is_seen in zip(label_names, shown, judge_seen[row], strict=True):
                 if is_shown != is_seen:
                     lines.append(f"{judge}: {'+' if is_seen else '-'} {name}")
-        images.append(Image.fromarray(np.ascontiguousarray(pixel_values[row].transpose(1, 2, 0))))
+        images.append(to_image(pixel_values[row]))
         captions.append("\n".join(lines))
     return make_grid(images, captions, min_width=192)

@@ -6,21 +6,26 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
-from iclevr_diffusion.data import ImageStore
-from iclevr_diffusion.labels import ASSETS, LabelVocabulary, read_label_lists
+import numpy as np
 
-PROTOCOLS = ("test", "new_test", "held-out", "all", "unseen", "crowded", "composed", "negated", "unnegated")
+from iclevr_diffusion.data import ImageStore
+from iclevr_diffusion.labels import ASSETS, ICLEVR_LABELS, LabelVocabulary, read_label_lists
+
+PROTOCOLS = ("test", "new_test", "held-out", "seen", "all", "unseen", "crowded", "composed", "negated", "unnegated")
 MATCHED = "matched"  # by `matched_protocol`, as it needs images
+COMBINATIONS = "combinations"  # by `combinations_protocol`, likewise
 
 _MAX_CONDITIONS = 100_000  # of `all`: 84 labels; at 30 images each, already three million images
 _NUM_CROWDED = _NUM_NEGATED = 100  # sets of each size
-_FEW_CONDITIONS = 100  # a file with fewer conditions stands for itself, one with more for the sets it was drawn from
+_MAX_COMBINATIONS = 100
+_MAX_SEEN = 1000  # of `seen`
+_FEW_CONDITIONS = 100  # a list of fewer conditions stands for itself, one of more for the sets it was drawn from
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ def open_protocol(
       and no pair in a triple. A training run with `hold_out: held-out` sees no image that shows all labels of one of
       them, so that a pipeline must combine what it has only seen apart, as in *Compositional Abilities Emerge
       Multiplicatively* (Okawa et al., 2023, https://arxiv.org/abs/2310.09336).
+    - `seen`: the label sets that the training images show, up to 1,000 of them chosen by a hash: sets that make sense,
+      whatever the labels mean.
     - `all`: every set of one, two and three labels, 2,324 for the 24 of i-CLEVR.
     - `unseen`: those of `all` that no training image shows.
     - `crowded`: up to 100 sets of four and of five labels, more than i-CLEVR's images show, as in *Local Mechanisms of
@@ -86,11 +93,15 @@ def open_protocol(
       them where there is such a one (i-CLEVR's colour or shape); and `unnegated`: the same labels from the same seeds
       without it, which shows what the negation changes.
 
+    Any of i-CLEVR's labels can stand beside any other. Other labels can exclude each other, as the digits of one place
+    do: where their training conditions are known, `crowded` and `composed` join only labels of which any two stand
+    together in a training image, and `negated` and `unnegated` ask for label sets that training images show.
+
     Args:
         name_or_path: One of `PROTOCOLS`, or a file in the form of i-CLEVR's `test.json`, which gives its own name.
         vocabulary: The labels that the pipeline knows.
         training_conditions: Label sets of the images that the pipeline was trained on, see `hub.training_facts`; only
-            `unseen` needs them.
+            `seen` and `unseen` need them.
 
     Raises:
         FileNotFoundError: If it is neither a name nor a file.
@@ -103,16 +114,19 @@ def open_protocol(
         resampled = "conditions" if name_or_path == "held-out" else "replicates"
     elif name_or_path == "all":
         conditions, resampled = _all_conditions(vocabulary), "conditions"
+    elif name_or_path == "seen":
+        conditions = _seen_conditions(vocabulary, training_conditions)
+        resampled = "replicates" if len(conditions) < _FEW_CONDITIONS else "conditions"
     elif name_or_path == "unseen":
         conditions, resampled = _unseen_conditions(vocabulary, training_conditions), "conditions"
     elif name_or_path == "crowded":
-        conditions, resampled = _crowded_conditions(vocabulary), "conditions"
+        conditions, resampled = _crowded_conditions(vocabulary, training_conditions), "conditions"
     elif name_or_path == "composed":
-        crowded = open_protocol("crowded", vocabulary)
+        crowded = open_protocol("crowded", vocabulary, training_conditions=training_conditions)
         prompts = tuple(" AND ".join(labels) for labels in crowded.conditions)
         return dataclasses.replace(crowded, name="composed", prompts=prompts, seeded_as="crowded")
     elif name_or_path in ("negated", "unnegated"):
-        return _negated_protocol(name_or_path, vocabulary)
+        return _negated_protocol(name_or_path, vocabulary, training_conditions)
     else:
         path = Path(name_or_path)
         conditions = _read_conditions(path, vocabulary)
@@ -163,6 +177,43 @@ def matched_protocol(store: ImageStore) -> Protocol:
     return Protocol(MATCHED, conditions, "conditions")
 
 
+def combinations_protocol(store: ImageStore) -> Protocol:
+    """Chooses a tenth of the images' sets of two labels or more, 100 at most, for a training run to hold out.
+
+    Labels take turns, and each keeps at least half of its images when those that show a held-out set, whatever else
+    they show, are left out. So the pipeline can know every label, and must combine them as it has never seen them.
+
+    Raises:
+        ValueError: If no set can be held out.
+    """
+    names = store.vocabulary.names
+    rows, num_images = np.unique(store.class_labels, axis=0, return_counts=True)
+    rows = rows.astype(np.int64)
+    # Sets of several labels, in the order of hashes of their names.
+    several = sorted(
+        (row for row in rows if row.sum() > 1), key=lambda row: _hash(" ".join(names[i] for i in row.nonzero()[0]))
+    )
+    candidates = np.array(several, dtype=np.int64).reshape(-1, len(names))
+    number = min(_MAX_COMBINATIONS, max(1, len(candidates) // 10))
+    enough, left = (rows.T @ num_images) / 2, np.ones(len(rows), dtype=bool)
+    num_uses, held_out = np.zeros(len(names), dtype=np.int64), []
+    while len(candidates) and len(held_out) < number:
+        position = int(np.argmin(candidates @ num_uses))  # of the labels used least so far
+        row, candidates = candidates[position], np.delete(candidates, position, axis=0)
+        still_left = left & (rows @ row < row.sum())
+        if (rows[still_left].T @ num_images[still_left] >= enough).all():
+            held_out.append(row)
+            num_uses += row
+            left = still_left
+    if not held_out:
+        raise ValueError(
+            "There is no set of two labels or more to hold out of which each label keeps half of its images; give a"
+            " file in the form of test.json, or more images."
+        )
+    conditions = sorted(tuple(row.nonzero()[0].tolist()) for row in held_out)
+    return Protocol(COMBINATIONS, tuple(tuple(names[i] for i in labels) for labels in conditions), "conditions")
+
+
 def _packaged_conditions(name: str, vocabulary: LabelVocabulary) -> list[list[str]]:
     path = ASSETS / f"{name.replace('-', '_')}.json"
     labels = {label for condition in json.loads(path.read_text(encoding="utf-8")) for label in condition}
@@ -170,7 +221,8 @@ def _packaged_conditions(name: str, vocabulary: LabelVocabulary) -> list[list[st
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
             f"The protocol `{name}` asks for i-CLEVR's labels, but the vocabulary of {len(vocabulary)} labels lacks"
-            f" {', '.join(missing[:3])}{more}; take `all` or `crowded`, or give a file in the form of test.json."
+            f" {', '.join(missing[:3])}{more}; take `seen` or `all`, give a file in the form of test.json, or have a"
+            f" training run hold out sets of its own labels with `hold_out: {COMBINATIONS}`."
         )
     return read_label_lists(path, vocabulary)
 
@@ -181,26 +233,46 @@ def _all_conditions(vocabulary: LabelVocabulary) -> list[tuple[str, ...]]:
     if num_conditions > _MAX_CONDITIONS:
         raise ValueError(
             f"The protocols `all` and `unseen` hold at most {_MAX_CONDITIONS:,} label sets, but {len(vocabulary)} labels"
-            f" form {num_conditions:,} sets of one to three; give a file in the form of test.json with some of them."
+            f" form {num_conditions:,} sets of one to three; take `seen`, or give a file in the form of test.json with some."
         )
     return [condition for size in sizes for condition in combinations(vocabulary, size)]
+
+
+def _label_sets(
+    name: str, vocabulary: LabelVocabulary, training_conditions: Sequence[Sequence[str]] | None
+) -> set[frozenset[str]]:
+    """Returns the label sets of the training images, which the protocol `name` needs."""
+    if training_conditions is None:
+        raise ValueError(
+            f"The protocol `{name}` needs `training_conditions`, the label sets of the training images, and this pipeline"
+            " comes without them; evaluate the `pipeline` folder of its training run, which conditions.json lies beside,"
+            " or export it again with `export_pipeline(..., training=run_folder)`."
+        )
+    try:
+        return {
+            frozenset(vocabulary.names[vocabulary.index(label)] for label in labels) for labels in training_conditions
+        }
+    except ValueError as error:
+        raise ValueError(f"`training_conditions` must hold labels that the pipeline knows: {error}") from None
+
+
+def _seen_conditions(
+    vocabulary: LabelVocabulary, training_conditions: Sequence[Sequence[str]] | None
+) -> list[tuple[str, ...]]:
+    seen = _label_sets("seen", vocabulary, training_conditions) - {frozenset()}
+    if not seen:
+        raise ValueError("The protocol `seen` is empty: no training image has a label.")
+    conditions = [tuple(sorted(labels, key=vocabulary.index)) for labels in seen]
+    conditions = sorted(conditions, key=lambda labels: _hash(json.dumps(labels)))[:_MAX_SEEN]
+    return sorted(conditions, key=lambda labels: (len(labels), [vocabulary.index(label) for label in labels]))
 
 
 def _unseen_conditions(
     vocabulary: LabelVocabulary, training_conditions: Sequence[Sequence[str]] | None
 ) -> list[tuple[str, ...]]:
-    if training_conditions is None:
-        raise ValueError(
-            "The protocol `unseen` needs `training_conditions`, the label sets of the training images, and this pipeline"
-            " comes without them; evaluate the `pipeline` folder of its training run, which conditions.json lies beside,"
-            " or export it again with `export_pipeline(..., training=run_folder)`."
-        )
-    try:
-        seen = {frozenset(map(vocabulary.index, condition)) for condition in training_conditions}
-    except ValueError as error:
-        raise ValueError(f"`training_conditions` must hold labels that the pipeline knows: {error}") from None
+    seen = _label_sets("unseen", vocabulary, training_conditions)
     conditions = _all_conditions(vocabulary)
-    unseen = [condition for condition in conditions if frozenset(map(vocabulary.index, condition)) not in seen]
+    unseen = [condition for condition in conditions if frozenset(condition) not in seen]
     if not unseen:
         raise ValueError(
             f"The protocol `unseen` is empty: the training images show all {len(conditions):,} sets of one to three"
@@ -209,16 +281,35 @@ def _unseen_conditions(
     return unseen
 
 
-def _crowded_conditions(vocabulary: LabelVocabulary) -> list[tuple[str, ...]]:
+def _crowded_conditions(
+    vocabulary: LabelVocabulary, training_conditions: Sequence[Sequence[str]] | None
+) -> list[tuple[str, ...]]:
     if len(vocabulary) < 5:
         raise ValueError(
             f"The protocol `crowded` needs at least 5 labels for sets of four and five, got {len(vocabulary)}; give a"
             " file in the form of test.json."
         )
-    return [labels for size in (4, 5) for labels in _balanced_sets(vocabulary, size, _NUM_CROWDED)]
+    fits = _fits_anyhow
+    if set(vocabulary) != set(ICLEVR_LABELS) and training_conditions is not None:
+        seen = _label_sets("crowded", vocabulary, training_conditions)
+        pairs = {frozenset(pair) for labels in seen for pair in combinations(labels, 2)}
+
+        def fits(labels: Sequence[str]) -> bool:
+            return all(frozenset((labels[-1], other)) in pairs for other in labels[:-1])
+
+    conditions = [labels for size in (4, 5) for labels in _balanced_sets(vocabulary, size, _NUM_CROWDED, fits)]
+    if not conditions:
+        raise ValueError(
+            "The protocol `crowded` joins four and five labels of which any two stand together in a training image, and"
+            " there are no such four: these labels exclude each other. Take `seen`, or give a file in the form of"
+            " test.json."
+        )
+    return conditions
 
 
-def _negated_protocol(name: str, vocabulary: LabelVocabulary) -> Protocol:
+def _negated_protocol(
+    name: str, vocabulary: LabelVocabulary, training_conditions: Sequence[Sequence[str]] | None
+) -> Protocol:
     """Negates labels that share a word with one asked for, where there are any, since these are drawn by mistake most.
 
     Each set of one label is taken with several negations in turn, so that there are about as many as of two.
@@ -228,9 +319,16 @@ def _negated_protocol(name: str, vocabulary: LabelVocabulary) -> Protocol:
             f"The protocol `{name}` needs at least 3 labels, for sets of two and one that they must not show, got"
             f" {len(vocabulary)}; draw text of your own with iclevr-sample."
         )
+    seen = None
+    if set(vocabulary) != set(ICLEVR_LABELS) and training_conditions is not None:
+        seen = _label_sets(name, vocabulary, training_conditions)
     conditions, negated, num_uses = [], [], Counter()
     for size, num_negations in ((1, 4), (2, 1)):
-        for labels in _balanced_sets(vocabulary, size, _NUM_NEGATED // num_negations):
+
+        def fits(labels: Sequence[str], size: int = size) -> bool:
+            return seen is None or len(labels) < size or frozenset(labels) in seen
+
+        for labels in _balanced_sets(vocabulary, size, _NUM_NEGATED // num_negations, fits):
             words = {word for label in labels for word in label.split()}
             order = {
                 label: (words.isdisjoint(label.split()), num_uses[label], _hash(f"{' '.join(sorted(labels))} {label}"))
@@ -241,6 +339,11 @@ def _negated_protocol(name: str, vocabulary: LabelVocabulary) -> Protocol:
                 num_uses[left_out] += 1
                 conditions.append(labels)
                 negated.append((left_out,))
+    if not conditions:
+        raise ValueError(
+            f"The protocol `{name}` asks for one and two labels as training images show them, and none shows so few;"
+            " draw text of your own with iclevr-sample."
+        )
     prompts = None
     if name == "negated":
         prompts = tuple(
@@ -256,17 +359,44 @@ def _negated_protocol(name: str, vocabulary: LabelVocabulary) -> Protocol:
     )
 
 
-def _balanced_sets(vocabulary: LabelVocabulary, size: int, number: int) -> list[tuple[str, ...]]:
-    """Draws sets of the labels used least so far; hashes break ties, so that no library's generator is relied upon."""
+def _fits_anyhow(labels: Sequence[str]) -> bool:
+    return True
+
+
+def _balanced_sets(
+    vocabulary: LabelVocabulary, size: int, number: int, fits: Callable[[Sequence[str]], bool]
+) -> list[tuple[str, ...]]:
+    """Draws sets of the labels used least so far; hashes break ties, so that no library's generator is relied upon.
+
+    Args:
+        vocabulary: The labels.
+        size: Labels of a set.
+        number: How many sets are drawn, if there are so many.
+        fits: Whether a set's first labels may stand together, if those without the last one may.
+    """
     drawn: dict[frozenset[str], None] = {}
     num_uses = Counter()
     for draw in range(min(number, math.comb(len(vocabulary), size))):
         order = sorted(vocabulary, key=lambda label: (num_uses[label], _hash(f"{size} {draw} {label}")))
         # The first ones come first, and what follows differs from them as late as possible.
-        condition = next(labels for labels in map(frozenset, combinations(order, size)) if labels not in drawn)
+        condition = next((labels for labels in _sets_in_order(order, size, fits) if labels not in drawn), None)
+        if condition is None:
+            break
         drawn[condition] = None
         num_uses.update(condition)
     return [tuple(sorted(labels, key=vocabulary.index)) for labels in drawn]
+
+
+def _sets_in_order(
+    order: Sequence[str], size: int, fits: Callable[[Sequence[str]], bool], chosen: tuple[str, ...] = ()
+) -> Iterator[frozenset[str]]:
+    """Yields what `itertools.combinations` does, without the sets that do not fit."""
+    if len(chosen) == size:
+        yield frozenset(chosen)
+        return
+    for position, label in enumerate(order):
+        if fits((*chosen, label)):
+            yield from _sets_in_order(order[position + 1 :], size, fits, (*chosen, label))
 
 
 def _hash(text: str) -> bytes:

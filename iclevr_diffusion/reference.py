@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from iclevr_diffusion.data import ImageStore
 from iclevr_diffusion.distribution import compare_features, memorisation, relative_diversity
-from iclevr_diffusion.images import make_grid
+from iclevr_diffusion.images import make_grid, to_image
 from iclevr_diffusion.inception import InceptionFeatures, standard_fid_kid
 from iclevr_diffusion.judging import Reading, read_images
 from iclevr_diffusion.scores import score_images
@@ -65,7 +65,7 @@ class Reference:
         """Compares images drawn for the held-out images' labels with the held-out images themselves.
 
         Args:
-            pixel_values: The drawn images, uint8 (N, 3, H, W).
+            pixel_values: The drawn images, uint8 (N, C, H, W).
             readings: What each judge makes of them.
             trained_on: The split of these images that the pipeline was trained on, `train` or `all`. Where it is None,
                 the training images are others or unknown, and that no image of the train split is copied says little.
@@ -93,7 +93,7 @@ class Reference:
         for row in np.argsort(ratios, kind="stable")[:NUM_NEAREST]:
             pairs += [pixel_values[row], store.pixel_values[train[nearest[row]]]]
         captions = ["drawn", "closest training image"] * (len(pairs) // 2)
-        sheet = make_grid([Image.fromarray(image.transpose(1, 2, 0)) for image in pairs], captions, columns=8)
+        sheet = make_grid([to_image(image) for image in pairs], captions, columns=8)
         distribution = {
             "data_sha256": store.sha256,
             "num_generated": len(rows),
@@ -127,7 +127,7 @@ class Reference:
 
         Args:
             conditions: The labels of each drawn image.
-            pixel_values: The drawn images, uint8 (N, 3, H, W).
+            pixel_values: The drawn images, uint8 (N, C, H, W).
             features: Each judge's features (N, D) of them.
         """
         store = self.store

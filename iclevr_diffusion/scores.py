@@ -131,6 +131,11 @@ def _read_list(logits: Tensor, class_labels: Tensor, threshold: float) -> _Readi
     return _read(logits.flatten(0, 1), class_labels.repeat_interleave(logits.shape[1], dim=0), threshold)
 
 
+def _check_resampled(resampled: str) -> None:
+    if resampled not in ("replicates", "conditions"):
+        raise ValueError(f"`resampled` must be 'replicates' or 'conditions', got {resampled!r}.")
+
+
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Divides, with NaN for what is undefined: both are 0 there."""
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
@@ -303,8 +308,7 @@ def score_conditions(
         raise ValueError(
             f"`label_names` must name each of the {num_classes} classes of `logits`, got {len(label_names)}."
         )
-    if resampled not in ("replicates", "conditions"):
-        raise ValueError(f"`resampled` must be 'replicates' or 'conditions', got {resampled!r}.")
+    _check_resampled(resampled)
     if seen is not None and (seen.shape != (num_conditions,) or seen.dtype != torch.bool):
         raise ValueError(
             f"`seen` must be bool of shape ({num_conditions},), one entry a condition, got {seen.dtype} of shape"
@@ -416,8 +420,7 @@ def score_difference(
         raise ValueError(
             f"`other_logits` must have the shape of `logits`, got {tuple(other_logits.shape)} and {tuple(logits.shape)}."
         )
-    if resampled not in ("replicates", "conditions"):
-        raise ValueError(f"`resampled` must be 'replicates' or 'conditions', got {resampled!r}.")
+    _check_resampled(resampled)
     readings = [_read_list(part, class_labels, threshold) for part in (logits, other_logits)]
     values = [_values(reading)[0] for reading in readings]
     weights = None
@@ -454,6 +457,7 @@ def score_negation(
         `num_images`, and the shares of images in which all labels asked for are seen (`present`), none of the negated
         ones is (`absent`), and both, each with `value`, `low` and `high` as from `score_conditions`.
     """
+    _check_resampled(resampled)
     _, asked, _, seen = _read_list(logits, class_labels, threshold)
     negated = _read_list(logits, negated_labels, threshold).asked
     present, absent = (seen | ~asked).all(axis=1), ~(seen & negated).any(axis=1)

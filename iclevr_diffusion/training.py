@@ -12,7 +12,7 @@ import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import accelerate.utils
 import numpy as np
@@ -27,8 +27,9 @@ from tqdm.auto import tqdm
 
 from iclevr_diffusion.checkpoint import Stateful, load_checkpoint, newest_checkpoint, read_manifest, save_checkpoint
 from iclevr_diffusion.config import TrainConfig
-from iclevr_diffusion.environment import describe_environment
+from iclevr_diffusion.environment import describe_environment, lost_processes_note
 from iclevr_diffusion.files import write_text
+from iclevr_diffusion.hub import find_folder, first_weights_facts
 
 
 class Batches(Protocol):
@@ -159,6 +160,8 @@ class TrainingRun:
         # many times as long; they count as zeros.
         torch.set_flush_denormal(True)
         self.print(f"Outputs go to {self.output_dir.resolve()}.")
+        if note := lost_processes_note(self.accelerator.num_processes):
+            self.print(note)
         num_cores = os.cpu_count() or 1
         if (
             self.accelerator.device.type == "cpu"
@@ -223,6 +226,26 @@ class TrainingRun:
     def describe(self, name: str, text: str) -> None:
         """Has `text` written to the file `output_dir/name`, but not before it is settled that this run goes on."""
         self._descriptions[name] = text
+
+    def start_from(self, source: str | None, model: ModelMixin, label_names: Sequence[str]) -> None:
+        """Gives a model its first weights, see `load_weights`; a resumed run has its own and does not look at `source`.
+
+        Args:
+            source: Where they are, the option `init_from`; with `None` the model stays as it was made.
+            model: The model, before it is prepared.
+            label_names: Names of its labels, which may differ from those of `source`.
+
+        Raises:
+            ValueError: If the weights do not fit the model.
+        """
+        if source is None or self.resuming:
+            return
+        try:
+            change = load_weights(model, source, label_names, other_labels=True)
+        except ValueError as error:
+            raise ValueError(f"`init_from`: {error}") from None
+        self.print(f"The first weights are those of {source}{'.' if change is None else f': {change}.'}")
+        self.describe("first_weights.json", json.dumps(first_weights_facts(source)) + "\n")
 
     def prepare(self, *objects: Any) -> tuple[Any, ...]:  # noqa: ANN401
         """Returns modules, optimizers and schedulers prepared by Accelerate, and puts their states into checkpoints."""
@@ -546,14 +569,16 @@ class TrainingRun:
         # A field that is newer than the recipe had its default then.
         theirs, ours = _plain(type(self.config)()) | theirs, _plain(self.config)
         free = {item.name for item in dataclasses.fields(self.config) if item.metadata.get("may_change")}
-        free.add("max_steps")
-        differing = [name for name in theirs if name not in free and ours.get(name) != theirs.get(name)]
-        if not differing and ours["max_steps"] != theirs["max_steps"]:
-            before = dataclasses.replace(self.config, max_steps=theirs["max_steps"])
+        # These say what comes yet, too: an end, or a decay, may be settled once it is seen how training goes.
+        course = {name: theirs[name] for name in ("max_steps", "lr_schedule", "decay_fraction", "milestones")}
+        differing = [name for name in theirs if name not in {*free, *course} and ours.get(name) != theirs.get(name)]
+        changed = [name for name in course if ours[name] != theirs[name]]
+        if not differing and changed:
+            before = dataclasses.replace(self.config, **course | {"milestones": tuple(course["milestones"])})
             steps = range(step + 1)  # the state that is loaded holds the learning rate of the next step
             factors = [(self.config.learning_rate_factor(i), before.learning_rate_factor(i)) for i in steps]
             if self.config.max_steps < step or any(new != old for new, old in factors):
-                differing = ["max_steps"]
+                differing = changed
         if differing:
             changes = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in differing)
             raise ValueError(
@@ -578,42 +603,141 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
 
 
-def load_weights(model: ModelMixin, folder: str | Path, label_names: Sequence[str] | None = None) -> None:
-    """Puts the weights of another model of the same architecture, or of a pipeline's, into `model`.
+class LabelChange(NamedTuple):
+    """What became of the labels of weights that went to a model with other labels.
 
     Args:
-        model: The model; its buffers are taken over as well.
-        folder: Folder of a model of this class, or of a pipeline whose `unet` is one.
-        label_names: Names that a pipeline in `folder` must have, in this order; `None` takes any.
+        kept: Labels that both have.
+        new: Those that only the model has.
+        dropped: Those that only the weights had.
+    """
+
+    kept: list[str]
+    new: list[str]
+    dropped: list[str]
+
+    def __str__(self) -> str:
+        def some(names: list[str]) -> str:
+            return f"{len(names)}" + (f" ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else "")
+
+        return f"{some(self.kept)} labels kept, {some(self.new)} new, {some(self.dropped)} dropped"
+
+
+def load_weights(
+    model: ModelMixin, source: str | Path, label_names: Sequence[str] | None = None, *, other_labels: bool = False
+) -> LabelChange | None:
+    """Puts the weights of another model of the same architecture, or of a pipeline's, into `model`.
+
+    With `other_labels` the two may know different labels. The network is kept; what belongs to a label that both have
+    goes with its name; what belongs to a new one starts as the mean of all labels that the weights knew, as in
+    *Initializing New Word Embeddings for Pretrained Language Models* (Hewitt, 2021,
+    https://nlp.stanford.edu/~johnhew/vocab-expansion.html). Buffers of other images' height and width, as the mean image
+    is one, stay the model's own.
+
+    Args:
+        model: The model.
+        source: Folder of a model of this class, or folder, hub's `owner/name` or name in this package of a pipeline that
+            has one.
+        label_names: Names of the model's labels in their order; `None` takes those of a pipeline as they are.
+        other_labels: Whether `source` may have other labels, or the same in another order.
+
+    Returns:
+        What became of the labels, where they differ.
 
     Raises:
-        ValueError: If the folder holds no such model, or one of other shapes, labels or prediction type.
+        ValueError: If the source holds no such model, or one of other shapes, labels, channels or prediction type.
     """
-    folder = Path(folder)
-    if (folder / "model_index.json").exists():
-        names = json.loads((folder / "model_index.json").read_text()).get("label_names", {})
-        theirs = [names[str(index)] for index in range(len(names))]  # the file has them in the order 0, 1, 10, 11, ...
-        if label_names is not None and theirs != list(label_names):
-            raise ValueError(
-                f"`folder` {folder} must hold a pipeline for the {len(label_names)} labels of the data, in their order,"
-                f" got one for {len(theirs)}: {', '.join(theirs)[:200]}."
-            )
-        folder = folder / "unet"
-    if not (folder / "config.json").exists():
-        raise ValueError(f"`folder` must be a pipeline's or a model's, got {folder}, which has no config.json.")
-    other = type(model).from_pretrained(folder)
+    folder, theirs = _find_model(model, source)
+    other = type(model).from_pretrained(folder, use_safetensors=True)
+    if theirs is None:
+        theirs = other.config.get("label_names")
     if other.config.get("prediction_type") != model.config.get("prediction_type"):
         raise ValueError(
-            f"`folder` {folder} must hold a model that predicts {model.config.prediction_type!r}, got"
+            f"`source` {source} must hold a model that predicts {model.config.prediction_type!r}, got"
             f" {other.config.prediction_type!r}; train with its `prediction_type`."
         )
-    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in other.state_dict().items()}
-    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    if differing:
-        shown = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in differing[:3])
+    for name in ("in_channels", "out_channels"):
+        if other.config.get(name) != model.config.get(name):
+            raise ValueError(
+                f"`source` {source} must hold a model for images of as many channels as the data's,"
+                f" {model.config[name]}, got one for {other.config[name]}; give it such images, or train from nothing."
+            )
+    ours = None if label_names is None else list(label_names)
+    differ = ours is not None and theirs is not None and list(theirs) != ours
+    if differ and not other_labels:
         raise ValueError(
-            f"`folder` {folder} must hold a model of these shapes, but {len(differing)} tensors differ: {shown}. Take"
-            " the architecture that is in its config.json."
+            f"`source` {source} must hold a model for the {len(ours)} labels of the data, in their order,"
+            f" got one for {len(theirs)}: {', '.join(theirs)[:200]}."
         )
-    model.load_state_dict(other.state_dict())
+    weights, change = other.state_dict(), None
+    if differ:
+        known = set(theirs)
+        change = LabelChange(
+            kept=[name for name in ours if name in known],
+            new=[name for name in ours if name not in known],
+            dropped=[name for name in theirs if name not in set(ours)],
+        )
+        for name, dim in _label_dimensions(other).items():
+            weights[name] = _relabel(weights[name], dim, list(theirs), ours)
+    own = model.state_dict()
+    for name, _ in model.named_buffers():
+        if name in weights and name in own and weights[name].shape[:1] == own[name].shape[:1]:
+            weights[name] = weights[name] if weights[name].shape == own[name].shape else own[name]
+    shapes, others = ({name: tuple(value.shape) for name, value in state.items()} for state in (own, weights))
+    differing = [name for name in {**shapes, **others} if shapes.get(name) != others.get(name)]
+    if differing:
+        shown = ", ".join(f"{name} {others.get(name)} there, {shapes.get(name)} here" for name in differing[:3])
+        unnamed = "" if theirs is not None else " A pipeline's folder, unlike a network's, also names the labels."
+        raise ValueError(
+            f"`source` {source} must hold a model of these shapes, but {len(differing)} tensors differ: {shown}. Take"
+            f" the architecture that is in its config.json.{unnamed}"
+        )
+    model.load_state_dict(weights)
+    return change
+
+
+def _find_model(model: ModelMixin, source: str | Path) -> tuple[Path, list[str] | None]:
+    """Finds the folder of a model of the same class, and the names of the labels where a pipeline gives them."""
+    folder, kind, label_names = find_folder(source), type(model).__name__, None
+    if (folder / "model_index.json").exists():
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        names = index.get("label_names") or {}
+        label_names = [names[str(i)] for i in range(len(names))]  # the file has them in the order 0, 1, 10, 11, ...
+        parts = {name: entry[-1] for name, entry in index.items() if isinstance(entry, list) and name[0] != "_"}
+        parts = {name: part for name, part in parts.items() if part is not None and name != "guide"}  # a worse network
+        if kind not in parts.values():
+            raise ValueError(f"`source` {source} must hold a {kind}, got a pipeline of {', '.join(parts.values())}.")
+        folder = folder / next(name for name, part in parts.items() if part == kind)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"`source` must be a pipeline's or a model's, got {source}, which has no config.json.")
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    if found != kind:
+        raise ValueError(f"`source` {source} must hold a {kind}, got a {found}.")
+    return folder, label_names
+
+
+def _label_dimensions(model: ModelMixin) -> dict[str, int]:
+    """Finds the dimension of each weight that has an entry a label: the one that would grow with another label."""
+    arguments = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    arguments |= {"num_classes": model.config.num_classes + 1} | (
+        {"label_names": None} if "label_names" in arguments else {}
+    )
+    with torch.device("meta"):
+        wider = type(model)(**arguments).state_dict()
+    dimensions = {}
+    for name, value in model.state_dict().items():
+        grown = [dim for dim, size in enumerate(value.shape) if wider[name].shape[dim] != size]
+        if grown:
+            (dimensions[name],) = grown
+    return dimensions
+
+
+def _relabel(value: Tensor, dim: int, theirs: list[str], ours: list[str]) -> Tensor:
+    """Puts the entries of labels, the last ones along `dim`, into the order of other labels; new ones are their mean."""
+    before, entries = value.split([value.shape[dim] - len(theirs), len(theirs)], dim)
+    if not theirs:
+        raise ValueError("`source` must hold a model that knows labels, got one without.")
+    place = {name: i for i, name in enumerate(theirs)}
+    mean = entries.mean(dim, keepdim=True)
+    rows = [entries.narrow(dim, place[name], 1) if name in place else mean for name in ours]
+    return torch.cat([before, *rows], dim)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import pickle
@@ -380,3 +381,36 @@ def test_a_finished_training_run_again_only_scores_its_judge_again(
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     with Image.open(tmp_path / "run" / "errors.png") as sheet:
         assert json.loads(sheet.text["threshold"]) == threshold
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_of_other_channels_are_changed_and_read(channels):
+    pixel_values = torch.rand(2, channels, 32, 32) * 2 - 1
+    augmented = augment(pixel_values, torch.Generator().manual_seed(0))
+    assert augmented.shape == pixel_values.shape and not torch.equal(augmented, pixel_values)
+    for make in (SmallLabelClassifier, LabelClassifier):
+        judge = make(2, 32, in_channels=channels).eval()
+        assert judge(pixel_values).logits.shape == (2, 2)
+        wrong = channels % 4 + 1
+        with pytest.raises(ValueError, match=rf"\(batch, {channels}, 32, 32\), got \(2, {wrong}, 32, 32\)"):
+            judge(torch.zeros(2, wrong, 32, 32))
+
+
+def test_light_leaves_opacity_as_it_is():
+    pixel_values = torch.rand(3, 4, 8, 8)
+    changed = random_light(pixel_values)
+    assert torch.equal(changed[:, 3], pixel_values[:, 3]) and (changed[:, :3] != pixel_values[:, :3]).any()
+
+
+def test_a_judge_of_rgb_images_keeps_the_hash_that_it_had_before_it_knew_others():
+    judge = SmallLabelClassifier(2, 16, block_out_channels=(8,))
+    config = {key: value for key, value in judge.config.items() if not key.startswith("_") and key != "in_channels"}
+    digest = hashlib.sha256(f"{json.dumps(config, sort_keys=True)}\n".encode())
+    for name, tensor in sorted(judge.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    assert weights_sha256(judge) == digest.hexdigest()
+    grey = SmallLabelClassifier(2, 16, block_out_channels=(8,), in_channels=1)
+    before = weights_sha256(grey)
+    grey.register_to_config(in_channels=3)
+    assert weights_sha256(grey) != before

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from iclevr_diffusion import (
@@ -23,6 +25,7 @@ from iclevr_diffusion.command_line import make_scheduler
 from iclevr_diffusion.data import open_store
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.rendering import render_dataset
+from iclevr_diffusion.scores import top_k_hits
 
 
 @pytest.fixture
@@ -250,6 +253,27 @@ def test_evaluate_scores_negation_and_picked_images(run_evaluate, capsys, monkey
     assert "unnegated: all asked for seen" in printed and "best 2 +" in printed
 
 
+def test_the_shipped_model_picks_the_best_of_its_own_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("ICLEVR_ROOT", raising=False)
+    (tmp_path / "few.json").write_text('[["red cube"], ["blue sphere", "gray cylinder"]]')
+    options = ["--seeds", "2", "--best_of", "2", "--num_inference_steps", "2", "--micro_batch_size", "2"]
+    judge = ["--judges", "judge-small", "--device", "cpu"]
+    evaluate.main([*judge, *options, "--protocols", str(tmp_path / "few.json"), "--out", str(tmp_path / "scores")])
+    results = json.loads((tmp_path / "scores" / "results.json").read_text())
+    best = results["protocols"]["few"]["judges"]["judge-small"]["best_of"]
+    assert best["num_candidates"] == 2 and best["all"]["num_images"] == 2
+    records = pq.read_table(tmp_path / "scores" / "records.parquet").to_pylist()
+    logits = {(row["position"], row["replicate"]): row["logits judge-small"] for row in records}
+    labels = ICLEVR_LABELS.encode([["red cube"], ["blue sphere", "gray cylinder"]])
+    possible = {
+        sum(top_k_hits(torch.tensor([logits[0, i], logits[1, j]]), labels).tolist()) / 3
+        for i in (0, 1)
+        for j in (0, 1)
+    }
+    assert best["all"]["top_k"]["value"] in possible  # one of the two images of each
+    assert "few" in capsys.readouterr().out
+
+
 def test_evaluate_compares_with_held_out_images(run_evaluate, tmp_path, monkeypatch):
     dataset = render_dataset(tmp_path / "dataset", 60, size=16, seed=0, num_workers=1, progress=False)
     monkeypatch.setenv("ICLEVR_CACHE", str(tmp_path / "cache"))
@@ -270,6 +294,8 @@ def test_what_is_drawn_by_default_depends_on_labels_and_data(tiny_dataset, tmp_p
     assert names(ICLEVR_LABELS, None) == ["test", "new_test"]
     assert names(ICLEVR_LABELS, store) == ["test", "new_test", "matched"]
     assert names(LabelVocabulary(["a", "b"]), None) == ["all"]
+    seen = evaluate.choose_protocols(None, LabelVocabulary(["a", "b"]), None, [("a",), ("a", "b")])
+    assert [(protocol.name, len(protocol)) for protocol in seen] == [("seen", 2)]  # what it was trained on is known
     assert names(None, store) == ["matched"]
 
 

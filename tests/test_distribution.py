@@ -324,7 +324,7 @@ def test_training_images_may_be_a_memory_map(tmp_path):
 
 def test_images_that_cannot_be_compared_are_refused():
     images, scenes = random_images(4), np.arange(4)
-    with pytest.raises(ValueError, match=r"`generated` must hold .* uint8 \(num_images, 3, H, W\) .* got float64"):
+    with pytest.raises(ValueError, match=r"`generated` must hold .* uint8 \(num_images, C, H, W\) .* got float64"):
         memorisation(images / 255, images, scenes, held_out=images)
     with pytest.raises(ValueError, match=r"`generated` must hold at least one image .* \(0, 3, 20, 20\)"):
         memorisation(images[:0], images, scenes, held_out=images)

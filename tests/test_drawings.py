@@ -72,3 +72,12 @@ def test_the_files_are_a_data_set_of_images(tmp_path):
     rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert rows[1]["labels"] == LABELS[1] and rows[1]["seed"] == 1
     assert set(rows[0]["image"]) == {"bytes", "path"}
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_grey_and_transparent_images_keep_their_channels(tmp_path, channels):
+    drawings = Drawings(tmp_path)
+    pixel_values = np.random.default_rng(1).integers(0, 256, (2, channels, 5, 4), dtype=np.uint8)
+    drawings.add(UNITS[:2], pixel_values, labels=LABELS[:2], seeds=[0, 1], record={})
+    (batch,) = drawings.batches()
+    np.testing.assert_array_equal(batch.pixel_values, pixel_values)

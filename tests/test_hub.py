@@ -24,6 +24,7 @@ from iclevr_diffusion.evaluation import Evaluator
 from iclevr_diffusion.hub import (
     export_judge,
     export_pipeline,
+    first_weights_facts,
     load_pipeline,
     published_files,
     push_to_hub,
@@ -530,6 +531,17 @@ def test_a_card_carries_the_measured_numbers_of_exactly_these_weights(exported: 
     assert "results.json" in published_files(exported)
     assert str(tmp_path) not in (exported / "results.json").read_text()
 
+    assert "Negation" not in card.text and "§" not in card.text
+    estimates = {name: {"value": 0.5, "low": 0.4, "high": 0.625} for name in ("present", "absent", "both", "top_k")}
+    results["protocols"]["some"]["judges"]["small"] |= {
+        "negation": {"num_images": 4, **estimates, "ceiling": 0.875},
+        "best_of": {"num_candidates": 4, "all": {"num_images": 300, **estimates, "exact_match": {"value": 0.25}}},
+    }
+    text = render_card(exported, FACTS, records={"results.json": results})
+    assert "| some | small | 4 | 0.500 | 0.500 | 0.500 | 0.400 to 0.625 | 0.875 |" in text
+    assert "picked from § |" in text and "| some | small | 4 | 300 | 0.500 | 0.400 to 0.625 | 0.250 |" in text
+    assert huggingface_hub.ModelCard(text).data.eval_results == card.data.eval_results  # neither is on a hub's list
+
     other = export_pipeline(make_pipeline(1), tmp_path / "other")
     with pytest.raises(ValueError, match="got scores of others; run `iclevr-evaluate` with this folder"):
         write_card(other, results=results_file)
@@ -660,6 +672,42 @@ def test_a_runs_pipeline_has_seen_what_lies_beside_it(
     assert training_facts(run / "best_pipeline") == UNKNOWN
 
 
+def test_what_the_first_weights_have_seen_stays_known_in_a_run_and_in_what_is_exported(
+    pipeline: ConditionalDDPMPipeline, run: Path, tmp_path: Path
+) -> None:
+    pipeline.save_pretrained(run / "pipeline")
+    (run / "config.yaml").write_text("batch_size: 8\nevaluator: a_teacher\n")
+    (run / "data.json").write_text(json.dumps({"data": "a" * 64, "split": "all"}))
+    (run / "conditions.json").write_text(json.dumps([["blue sphere"], ["red cube"], ["a label of theirs alone"]]))
+    first = first_weights_facts(run / "pipeline")
+    assert first == first_weights_facts(run / "pipeline" / "unet") == training_facts(run / "pipeline")
+    assert first["judges"] == ["a_teacher"] and len(first["conditions"]) == 3
+
+    later = tmp_path / "later"
+    later.mkdir()
+    (later / "config.yaml").write_text("batch_size: 8\ninit_from: run/pipeline\njudge: outputs/mine/judge\n")
+    (later / "metrics.jsonl").write_text('{"step": 1, "images_per_second": 8.0}\n')
+    (later / "data.json").write_text(json.dumps({"data": "b" * 64, "split": "train"}))
+    (later / "conditions.json").write_text(json.dumps([["red cube"], ["gray cylinder"]]))
+    (later / "first_weights.json").write_text(json.dumps(first))
+    pipeline.save_pretrained(later / "pipeline")
+    facts = training_facts(later / "pipeline")
+    assert facts == {
+        "conditions": [("red cube",), ("gray cylinder",), ("blue sphere",)],
+        "data_sha256": "b" * 64,
+        "split": "all",  # so no image was held out from these weights
+        "judges": ["a_teacher", "mine"],
+    }
+    published = export_pipeline(pipeline, tmp_path / "published", training=later)
+    assert training_facts(published) == facts
+    assert first_weights_facts(published / "unet") == facts
+    assert json.loads((published / "training.json").read_text())["config"]["judge"] == "mine"
+
+    (later / "config.yaml").write_text("batch_size: 8\n")  # so the file is that of an earlier try
+    assert training_facts(later / "pipeline")["judges"] is None
+    assert first_weights_facts(export_judge(make_judge(), tmp_path / "judge")) == UNKNOWN
+
+
 def test_what_weights_have_seen_is_uploaded_read_from_the_hub_and_removed_with_them(
     hub: LoopbackHub, pipeline: ConditionalDDPMPipeline, exported: Path, run: Path, tmp_path: Path
 ) -> None:
@@ -768,3 +816,61 @@ def test_without_an_argument_the_shipped_pipeline_opens() -> None:
     pipeline = load_pipeline()
     assert pipeline.name_or_path == "conditional-ddpm-tiny-rendered"
     assert pipeline([["red cube"]], seeds=[0], num_inference_steps=1).images[0].size == (64, 64)
+
+
+def make_guided() -> ConditionalDDPMPipeline:
+    """A pipeline with a guide, that guides by default."""
+    strong, weak = make_pipeline(0), make_pipeline(1)
+    weak.unet.set_data_statistics(strong.unet.data_mean, strong.unet.data_std)
+    return ConditionalDDPMPipeline(strong.unet, strong.scheduler, NAMES, 2, 3.0, guide=weak.unet)
+
+
+def test_a_guide_is_saved_published_and_opened_by_us_and_by_strangers(tmp_path):
+    guided = make_guided()
+    expected = draw(guided)
+    assert not np.array_equal(draw(ConditionalDDPMPipeline(guided.unet, guided.scheduler, NAMES, 2, 3.0)), expected)
+    guided.save_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(draw(load_pipeline(tmp_path / "saved")), expected)
+    folder = export_pipeline(guided, tmp_path / "exported", dtype=torch.float32)
+    assert {"guide/config.json", "guide/unet_multilabel.py", "unet/unet_multilabel.py"} < set(published_files(folder))
+    np.testing.assert_array_equal(draw(load_pipeline(folder)), expected)
+    stranger = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    np.testing.assert_array_equal(draw(stranger), expected)
+    card = (folder / "README.md").read_text()
+    num_values = sum(
+        value.numel() for network in (guided.unet, guided.guide) for value in network.state_dict().values()
+    )
+    assert "leads away from a second network, `guide`" in card and f"{num_values:,} numbers" in card
+
+
+def test_without_a_guide_a_published_folder_names_none(exported):
+    assert "guide" not in json.loads((exported / "model_index.json").read_text())
+    assert load_pipeline(exported).guide is None
+    assert DiffusionPipeline.from_pretrained(exported, trust_remote_code=True).guide is None
+
+
+def test_another_model_becomes_the_guide(pipeline, tmp_path):
+    guided = make_guided()
+    for name, unet in (("strong", guided.unet), ("weak", guided.guide)):
+        ConditionalDDPMPipeline(unet, guided.scheduler, NAMES, 2, 3.0).save_pretrained(tmp_path / name)
+    opened = load_pipeline(tmp_path / "strong", guide=tmp_path / "weak")
+    np.testing.assert_array_equal(draw(opened), draw(guided))
+    others = ConditionalDDPMPipeline(guided.guide, guided.scheduler, NAMES[::-1])
+    others.save_pretrained(tmp_path / "others")
+    with pytest.raises(
+        ValueError, match="`guide` must be a ConditionalDDPMPipeline of the same labels in the same order"
+    ):
+        load_pipeline(tmp_path / "strong", guide=tmp_path / "others")
+    with pytest.raises(ValueError, match="`guide`: .*there is no folder"):
+        load_pipeline(tmp_path / "strong", guide=tmp_path / "missing")
+
+
+def test_a_network_of_tokens_is_published_and_opened_by_strangers(tmp_path):
+    base = make_pipeline()
+    torch.manual_seed(0)
+    unet = MultiLabelUNet2DModel.from_config({**base.unet.config, "label_encoding": "tokens"}).eval()
+    pipeline = ConditionalDDPMPipeline(unet, base.scheduler, NAMES)
+    folder = export_pipeline(pipeline, tmp_path / "exported", dtype=torch.float32)
+    expected = draw(pipeline)
+    np.testing.assert_array_equal(draw(load_pipeline(folder)), expected)
+    np.testing.assert_array_equal(draw(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)), expected)

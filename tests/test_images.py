@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iclevr_diffusion.images import file_stem, make_grid, make_strip, make_table, save_gif, save_png
+from iclevr_diffusion.images import file_stem, make_grid, make_strip, make_table, save_gif, save_png, to_image
 
 
 def plain(color, size=(16, 16)):
@@ -145,3 +145,17 @@ def test_a_file_is_named_by_position_and_labels():
     assert file_stem(7, ["red cube", "blue sphere"]) == "0007_red-cube_blue-sphere"
     assert file_stem(12, ["../a/b"]) == "0012_-a-b"
     assert len(file_stem(0, ["cube"] * 100)) <= 200
+
+
+def test_what_is_transparent_is_white_in_a_grid():
+    half = Image.fromarray(np.array([[[255, 0, 0, 255], [255, 0, 0, 0]]], dtype=np.uint8))
+    grid = make_grid([half], min_width=2)
+    assert grid.mode == "RGB" and grid.getpixel((2, 2)) == (255, 0, 0) and grid.getpixel((3, 2)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_pixels_become_an_image_of_as_many_channels(channels, mode):
+    pixel_values = np.arange(channels * 6, dtype=np.uint8).reshape(channels, 2, 3)
+    image = to_image(pixel_values)
+    assert image.mode == mode and image.size == (3, 2)
+    np.testing.assert_array_equal(np.asarray(image).reshape(2, 3, channels).transpose(2, 0, 1), pixel_values)

@@ -10,7 +10,7 @@ import pytest
 from iclevr_diffusion import ICLEVR_LABELS, LabelVocabulary
 from iclevr_diffusion.data import open_store
 from iclevr_diffusion.labels import ASSETS
-from iclevr_diffusion.protocols import PROTOCOLS, Protocol, matched_protocol, open_protocol
+from iclevr_diffusion.protocols import PROTOCOLS, Protocol, combinations_protocol, matched_protocol, open_protocol
 from iclevr_diffusion.rendering.sampling import ABSENT_TRIPLES
 
 COLOURS = LabelVocabulary(["red", "green", "blue"])
@@ -140,7 +140,9 @@ def test_unseen_needs_the_training_conditions_and_something_that_they_lack():
 def test_too_many_labels_for_all_sets_are_refused_with_the_number():
     assert len(open_protocol("all", letters(84))) == 84 + comb(84, 2) + comb(84, 3) == 98_854
     for name in ("all", "unseen"):
-        with pytest.raises(ValueError, match="85 labels form 102,425 sets of one to three; give a file"):
+        with pytest.raises(
+            ValueError, match="85 labels form 102,425 sets of one to three; take `seen`, or give a file"
+        ):
             open_protocol(name, letters(85), training_conditions=[])
 
 
@@ -283,7 +285,7 @@ def test_a_file_with_the_conditions_of_its_namesake_is_that_protocol(name, tmp_p
 def test_a_name_that_is_none_is_answered_with_the_names():
     with pytest.raises(
         FileNotFoundError,
-        match="one of test, new_test, held-out, all, unseen, crowded, composed, negated, unnegated, matched or a file",
+        match="one of test, new_test, held-out, seen, all, unseen, crowded, composed, negated, unnegated, matched or a file",
     ):
         open_protocol("heldout", COLOURS)
 
@@ -323,3 +325,74 @@ def test_a_data_set_without_held_out_images_has_no_matched_conditions():
         ValueError, match="`store` must have held-out images with labels, and none of its images is one"
     ):
         matched_protocol(store)
+
+
+# Two digits side by side: any of the first place stands beside any of the second, none beside another of its own.
+PLACES = LabelVocabulary([f"{place} {digit}" for place in ("tens", "units") for digit in range(10)])
+PAIRS = [(f"tens {tens}", f"units {units}") for tens in range(10) for units in range(10)]
+
+
+def test_seen_sets_are_those_of_the_training_images_each_once_and_without_the_empty_one():
+    conditions = [(), ("blue", "green"), ("red",), ("green", "blue")]
+    seen = open_protocol("seen", COLOURS, training_conditions=conditions)
+    assert seen == Protocol("seen", (("red",), ("green", "blue")), "replicates")
+    assert open_protocol("seen", PLACES, training_conditions=PAIRS).resampled == "conditions"
+    for given, message in ((None, "`seen` needs `training_conditions`"), ([()], "no training image has a label")):
+        with pytest.raises(ValueError, match=message):
+            open_protocol("seen", COLOURS, training_conditions=given)
+
+
+def test_of_very_many_seen_sets_a_thousand_stand_for_all():
+    many = list(combinations(letters(60), 2))
+    seen, turned = (open_protocol("seen", letters(60), training_conditions=sets) for sets in (many, many[::-1]))
+    assert len(seen) == 1000 and seen == turned and set(seen.conditions) <= set(many)
+
+
+def test_labels_that_exclude_each_other_are_not_crowded_together():
+    with pytest.raises(ValueError, match="there are no such four: these labels exclude each other. Take `seen`"):
+        open_protocol("crowded", PLACES, training_conditions=PAIRS)
+    # 0 stands beside 1 to 4, any two of which stand together; 5 stands beside 0 alone.
+    names = letters(6).names
+    pairs = [*combinations(names[:5], 2), (names[0], names[5])]
+    crowded = open_protocol("composed", letters(6), training_conditions=pairs)
+    assert Counter(map(len, crowded.conditions)) == {4: 5, 5: 1}
+    assert all(names[5] not in labels for labels in crowded.conditions)
+
+
+def test_i_clevr_s_crowded_sets_do_not_depend_on_what_was_trained_on():
+    conditions = [("red cube", "blue cube")]
+    given = open_protocol("crowded", ICLEVR_LABELS, training_conditions=conditions)
+    assert given == open_protocol("crowded", ICLEVR_LABELS)
+
+
+def test_negations_are_of_sets_that_training_images_show():
+    for name in ("negated", "unnegated"):
+        protocol = open_protocol(name, PLACES, training_conditions=PAIRS[::2])
+        assert 0 < len(protocol) <= 50 and set(protocol.conditions) <= set(PAIRS[::2])
+        assert all(
+            not set(labels) & set(others) for labels, others in zip(protocol.conditions, protocol.negated, strict=True)
+        )
+    with pytest.raises(ValueError, match="`negated` asks for one and two labels as training images show them"):
+        open_protocol("negated", COLOURS, training_conditions=[("red", "green", "blue")])
+
+
+def make_store(rows):
+    return SimpleNamespace(vocabulary=PLACES, class_labels=PLACES.encode(rows).numpy().astype(np.uint8))
+
+
+def test_a_tenth_of_the_combinations_is_held_out_and_every_label_keeps_half_of_its_images():
+    store = make_store(PAIRS * 3)
+    held_out = combinations_protocol(store)
+    assert held_out.name == "combinations" and len(held_out) == 10
+    counts = Counter(label for labels in held_out.conditions for label in labels)
+    assert set(counts) == set(PLACES) and set(counts.values()) == {1}
+    assert combinations_protocol(make_store(PAIRS[::-1])) == held_out
+
+
+def test_a_label_with_one_combination_is_not_held_out_with_it():
+    alone = PAIRS[22:100:11]  # tens 2 with units 2 alone, and so on
+    (held_out,) = combinations_protocol(make_store([*alone, PAIRS[0], PAIRS[1], PAIRS[10], PAIRS[11]])).conditions
+    assert held_out in (PAIRS[0], PAIRS[1], PAIRS[10], PAIRS[11])
+    for rows in ([PAIRS[0]], [PAIRS[0][:1], PAIRS[0][1:]]):
+        with pytest.raises(ValueError, match="no set of two labels or more to hold out"):
+            combinations_protocol(make_store(rows))

@@ -333,6 +333,8 @@ def test_negation_counts_what_is_there_and_what_is_not():
     assert quick["both"] == {"value": 0.5, "low": None, "high": None}
     strict = score_negation(logits, COUNTED_LABELS, absent, threshold=1.5, resampled="replicates")
     assert (strict["present"]["value"], strict["absent"]["value"]) == (0.25, 1.0)  # a and c are seen
+    with pytest.raises(ValueError, match="`resampled` must be 'replicates' or 'conditions', got 'seeds'"):
+        score_negation(logits[:, :1], COUNTED_LABELS, absent, resampled="seeds")
 
 
 def test_the_interval_of_a_negation_is_that_of_the_binomial_distribution():

@@ -22,6 +22,7 @@ from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
 from iclevr_diffusion.config import TrainConfig, parse_config
 from iclevr_diffusion.data import BatchLoader
 from iclevr_diffusion.denoiser import ARCHITECTURE
+from iclevr_diffusion.hub import training_facts
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
 from iclevr_diffusion.rendering import render_dataset
@@ -130,7 +131,7 @@ def test_images_read_by_index_train_the_same_model(train, tmp_path):
     assert hashes(train(tmp_path / "a", resident=True)) == hashes(train(tmp_path / "b", resident=False))
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow", "edm"])
 def test_every_target_trains_weighted_and_draws(train, tmp_path, prediction_type):
     folder = train(
         tmp_path / "run", prediction_type=prediction_type, min_snr_gamma=5.0, mixed_precision="bf16", flip=True
@@ -171,6 +172,42 @@ def test_a_judge_scores_validation_labels_and_the_best_pipeline_is_kept(train, t
     }
 
 
+def test_several_averages_and_tokens_go_on_to_the_same_end(train, tmp_path):
+    fields = {"ema_lengths": (0.05, 0.2), "label_encoding": "tokens", "prediction_type": "edm"}
+    fields |= {"lr_schedule": "constant"}
+    unbroken = train(tmp_path / "unbroken", max_steps=3, **fields)
+    train(tmp_path / "broken", max_steps=1, **fields)
+    resumed = train(tmp_path / "broken", max_steps=3, **fields)
+    assert hashes(unbroken) == hashes(resumed)
+    averaged = {}
+    for name in ("pipeline", "pipeline-0.05", "pipeline-0.2"):
+        weights, other = (load_file(next((run / name / "unet").glob("*.safetensors"))) for run in (unbroken, resumed))
+        assert all(torch.equal(weights[key], other[key]) for key in weights)
+        averaged[name] = weights["class_embedding.weight"]
+    assert len({tuple(weight.flatten().tolist()) for weight in averaged.values()}) == 3
+    assert not (unbroken / "averages.json").exists()  # nothing scored them
+
+
+def test_more_averages_leave_the_training_and_its_own_average_alone(train, tmp_path):
+    alone, beside = train(tmp_path / "alone"), train(tmp_path / "beside", ema_lengths=(0.1,))
+    first, second = (hashes(folder) for folder in (alone, beside))
+    assert first.items() <= second.items() and set(second) - set(first) == {"ema-0.1.json", "ema-0.1.safetensors"}
+
+
+def test_an_average_is_chosen_by_a_judge_after_the_training(train, tmp_path, capfd):
+    judge = SmallLabelClassifier(num_classes=24, image_size=16, label_names=list(ICLEVR_LABELS.names))
+    judge.save_pretrained(tmp_path / "judge")
+    folder = train(tmp_path / "run", ema_lengths=(0.1,))
+    before = hashes(folder)
+    train(tmp_path / "run", ema_lengths=(0.1,), judge=str(tmp_path / "judge"))  # the same command, with a judge
+    chosen = json.loads((folder / "averages.json").read_text())
+    assert list(chosen["scores"]) == ["pipeline", "pipeline-0.1"]
+    assert chosen["scores"][chosen["best"]] == max(chosen["scores"].values())
+    assert chosen["step"] == 2 and chosen["measure"]["judge"] == str(tmp_path / "judge")
+    assert f"the best is {folder / chosen['best']}" in capfd.readouterr().err
+    assert (folder / chosen["best"] / "model_index.json").exists() and hashes(folder) == before
+
+
 def test_training_starts_from_another_pipelines_weights(train, tmp_path):
     first = train(tmp_path / "first")
     second = train(tmp_path / "second", init_from=str(first / "pipeline"), learning_rate=1e-12, max_steps=1)
@@ -181,10 +218,14 @@ def test_training_starts_from_another_pipelines_weights(train, tmp_path):
 
 
 def test_a_resumed_run_does_not_need_the_weights_it_started_from(train, tmp_path):
-    first = train(tmp_path / "first")
+    first = train(tmp_path / "first", split="all")
+    seen = training_facts(first / "pipeline")["conditions"]
     train(tmp_path / "run", init_from=str(first / "pipeline"), lr_schedule="constant")
     shutil.rmtree(first)
-    train(tmp_path / "run", init_from=str(first / "pipeline"), lr_schedule="constant", max_steps=3)
+    folder = train(tmp_path / "run", init_from=str(first / "pipeline"), lr_schedule="constant", max_steps=3)
+    facts = training_facts(folder / "pipeline")  # of which it knows what they had seen
+    assert facts["split"] == "all" and set(map(frozenset, facts["conditions"])) >= set(map(frozenset, seen))
+    assert json.loads((folder / "data.json").read_text())["split"] == "train"
 
 
 def test_raw_pixels_stay_raw_whatever_weights_they_start_from(train, tmp_path):
@@ -367,6 +408,9 @@ def test_a_grid_is_drawn_after_each_epoch(train, tmp_path):
         ({"network": "small", "gradient_checkpointing": True}, "`gradient_checkpointing` must be left out"),
         ({"num_train_timesteps": 400}, "`num_train_timesteps` must be 1000 where `prediction_type` is flow, got 400"),
         ({"num_train_timesteps": 0}, "`num_train_timesteps` must be at least 1, got 0"),
+        ({"ema_lengths": (0.1, 0.3)}, r"`ema_lengths` must differ and lie between 0 and 0.289, got \[0.1, 0.3\]"),
+        ({"prediction_type": "edm", "time_sampling": "uniform"}, "must be logit-normal .* got uniform and True"),
+        ({"prediction_type": "edm", "standardize": False}, "`standardize` true for edm, got logit-normal and False"),
         (
             {"prediction_type": "epsilon", "num_train_timesteps": 10},
             "`num_inference_steps` must lie between 1 and the 10 of `num_train_timesteps`, got 20",

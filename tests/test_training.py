@@ -14,7 +14,16 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from iclevr_diffusion import environment, training
+from iclevr_diffusion import (
+    CGANGenerator,
+    DCGANGenerator,
+    MultiLabelUNet2DModel,
+    MultiLabelVAE,
+    SmallLabelClassifier,
+    SmallMultiLabelUNet,
+    environment,
+    training,
+)
 from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
 from iclevr_diffusion.config import TrainConfig
 from iclevr_diffusion.ema import ExponentialMovingAverage
@@ -396,6 +405,17 @@ def test_more_steps_must_not_change_the_learning_rate_of_the_very_next_one(tmp_p
         train(make_config(tmp_path, warmup_steps=6, max_steps=8))
 
 
+def test_when_the_learning_rate_falls_may_be_settled_on_the_way(tmp_path):
+    late = {"lr_schedule": "warmup-stable-decay", "decay_fraction": 0.25, "max_steps": 8}
+    unbroken, *_ = train(make_config(tmp_path / "unbroken", **late))
+    train(make_config(tmp_path / "settled", lr_schedule="constant", max_steps=6))
+    settled, *_ = train(make_config(tmp_path / "settled", **late))
+    assert hashes(unbroken) == hashes(settled)
+    train(make_config(tmp_path / "early", lr_schedule="constant", max_steps=6))
+    with pytest.raises(ValueError, match="lr_schedule: 'constant' there, .*; decay_fraction: 0.2 there, 0.5 here"):
+        train(make_config(tmp_path / "early", **late | {"decay_fraction": 0.5}))
+
+
 def forget_recipe(folder):
     """Makes the newest checkpoint one from before checkpoints held their recipe."""
     path = newest_checkpoint(folder / "checkpoints") / "manifest.json"
@@ -630,8 +650,90 @@ def test_weights_of_another_shape_label_order_or_target_are_refused(tmp_path, ti
         load_weights(make(**{**config, "prediction_type": "flow"}), tmp_path)
     with pytest.raises(ValueError, match=r"1 tensors differ: null_embedding \(32,\) there, None here"):
         load_weights(make(**{**config, "null_condition": False}), tmp_path)
+    with pytest.raises(ValueError, match="as many channels as the data's, 1, got one for 3"):
+        load_weights(make(**{**config, "in_channels": 1}), tmp_path)
     with pytest.raises(ValueError, match="which has no config.json"):
-        load_weights(tiny_pipeline.unet, tmp_path / "scheduler" / "nothing")
+        load_weights(tiny_pipeline.unet, tmp_path / "scheduler")
+    with pytest.raises(
+        ValueError, match="must hold a MultiLabelVAE, got a pipeline of DDPMScheduler, MultiLabelUNet2DModel"
+    ):
+        load_weights(MultiLabelVAE(num_classes=24, sample_size=16), tmp_path)
+    with pytest.raises(ValueError, match="there is no folder"):
+        load_weights(tiny_pipeline.unet, tmp_path / "nothing")
+
+
+NETWORKS = {
+    "unet2d": lambda n: MultiLabelUNet2DModel(n, 16, block_out_channels=(8, 16), attention_head_dim=8),
+    "small": lambda n: SmallMultiLabelUNet(n, 16, base_channels=8),
+    "dcgan": lambda n: DCGANGenerator(n, 16, base_channels=8),
+    "cgan": lambda n: CGANGenerator(n, 16, base_channels=8),
+    "vae": lambda n: MultiLabelVAE(4, n, 16, hidden_widths=(8, 8)),
+    "mlp": lambda n: MultiLabelVAE(4, n, 16, architecture="mlp"),
+    "judge": lambda n: SmallLabelClassifier(n, 16, block_out_channels=(8, 8)),
+}
+
+
+def outputs_of(model, labels):
+    """What a network makes of the same images, times or latents for multi-hot `labels` (B, num_classes)."""
+    model.eval()
+    torch.manual_seed(0)
+    images, latents = torch.randn(len(labels), 3, 16, 16), torch.randn(len(labels), 100)
+    with torch.no_grad():
+        if isinstance(model, SmallLabelClassifier):
+            return model(images).logits.T  # a row a label
+        if isinstance(model, MultiLabelVAE):
+            return model.decode(latents[:, :4], labels)
+        if "latent_dim" in model.config:
+            return model(latents, labels)
+        return model(images, torch.full((len(labels),), 500), labels).sample
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_go_with_the_names_of_their_labels(name, tmp_path, monkeypatch):
+    theirs, ours = ["red", "blue", "green"], ["blue", "new", "red", "green"]
+    torch.manual_seed(1)
+    source, model = NETWORKS[name](3), NETWORKS[name](4)
+    source.save_pretrained(tmp_path)
+    monkeypatch.setattr("iclevr_diffusion.training._find_model", lambda model, source: (tmp_path, theirs))
+    change = load_weights(model, tmp_path, ours, other_labels=True)
+    assert change == (["blue", "red", "green"], ["new"], [])
+    if name == "judge":
+        before, after = outputs_of(source, torch.eye(3)[:2]), outputs_of(model, torch.eye(4)[:2])
+        torch.testing.assert_close(after[[2, 0, 3]], before)
+        torch.testing.assert_close(after[1], before.mean(0))
+        return
+    # Both see the same label, by its name.
+    torch.testing.assert_close(outputs_of(model, torch.eye(4)[[2, 0, 3]]), outputs_of(source, torch.eye(3)))
+    # A new label begins as the mean of those that are known: a third of each.
+    mean = outputs_of(source, torch.full((1, 3), 1 / 3))
+    torch.testing.assert_close(outputs_of(model, torch.eye(4)[1:2]), mean)
+
+
+def test_a_mean_image_of_another_size_stays_the_models_own(tmp_path):
+    source, model = (
+        MultiLabelUNet2DModel(2, size, block_out_channels=(8, 16), attention_head_dim=8) for size in (16, 32)
+    )
+    source.set_data_statistics(torch.full((3, 16, 16), 0.25), 0.5)
+    source.save_pretrained(tmp_path)
+    assert load_weights(model, tmp_path) is None
+    assert (model.data_mean == 0).all() and model.data_std == 0.5
+    assert torch.equal(model.class_embedding.weight, source.class_embedding.weight)
+
+
+def test_first_weights_of_other_labels_are_announced_and_a_resumed_run_leaves_its_own(tmp_path, tiny_pipeline, capsys):
+    tiny_pipeline.save_pretrained(tmp_path / "source")
+    names = ["orange cube", *tiny_pipeline.vocabulary.names[1:]]
+    make, config = type(tiny_pipeline.unet), dict(tiny_pipeline.unet.config)
+    run, model = TrainingRun(make_config(tmp_path / "run")), make(**config)
+    run.start_from(str(tmp_path / "source"), model, names)
+    assert (
+        "23 (red cube, blue cube," in (said := capsys.readouterr().err)
+        and "1 (orange cube) new, 1 (gray cube)" in said
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run._origin = tmp_path
+    run.start_from(str(tmp_path / "nothing"), model, names)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_run_holds_its_group_of_processes_until_the_programs_end(tmp_path):

@@ -21,6 +21,7 @@ from iclevr_diffusion.config import LearningRateSchedule, TrainConfig, option, p
 from iclevr_diffusion.data import BatchLoader, ImageStore, normalize, open_store
 from iclevr_diffusion.images import save_png
 from iclevr_diffusion.judging import calibration_error, choose_threshold, draw_readings, load_judge, read_images
+from iclevr_diffusion.labels import ICLEVR_LABELS
 from iclevr_diffusion.models.classifier import LabelClassifier
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.scores import exact_match, score_images
@@ -32,12 +33,18 @@ class ClassifierConfig(TrainConfig):
     """Trains a judge: a network that reads which objects an image shows."""
 
     output_dir: str = option("outputs/judge", "folder of everything that the run writes", may_change=True)
-    data: tuple[str, ...] = option(("ICLEVR_ROOT",), "folders in the course's layout; ICLEVR_ROOT: that variable's")
-    evaluate_on: tuple[str, ...] = option((), "more folders, whose held-out split is scored too", may_change=True)
+    data: tuple[str, ...] = option(
+        ("ICLEVR_ROOT",), "image sets, as `data` of the other scripts; ICLEVR_ROOT: that variable's"
+    )
+    evaluate_on: tuple[str, ...] = option((), "more image sets, whose held-out split is scored too", may_change=True)
     model: Literal["small", "resnet18", "resnet18_half", "resnet50"] = option(
         "small", "the network; the course's evaluator is resnet18"
     )
     resolution: int = option(64, "height and width of the images in pixels")
+    flip: bool | None = option(
+        None, "mirror half of the images; none does where the labels are i-CLEVR's, which a mirror leaves true"
+    )
+    init_from: str | None = option(None, "judge, also of other labels, whose weights are the first ones")
     max_steps: int = option(3500, "optimisation steps")
     learning_rate: float = option(2e-3, "learning rate after the warm-up")
     lr_schedule: LearningRateSchedule = option("cosine", "course of the learning rate after the warm-up")
@@ -70,7 +77,7 @@ class MixedBatches:
 
 
 def images_of(stores: list[ImageStore], split: str) -> tuple[np.ndarray, Tensor]:
-    """Returns a split's images of all stores, uint8 (N, 3, H, W), and their labels (N, num_classes)."""
+    """Returns a split's images of all stores, uint8 (N, C, H, W), and their labels (N, num_classes)."""
     rows = [store.indices(split) for store in stores]
     pixel_values = [store.pixel_values[split_rows] for store, split_rows in zip(stores, rows, strict=True)]
     class_labels = [store.class_labels[split_rows] for store, split_rows in zip(stores, rows, strict=True)]
@@ -85,6 +92,13 @@ def main(config: ClassifierConfig) -> None:
         vocabulary = stores[config.data[0]].vocabulary if stores else None
         folder = None if root == "ICLEVR_ROOT" else root
         stores[root] = open_store(folder, resolution=config.resolution, vocabulary=vocabulary)
+    num_channels = stores[config.data[0]].pixel_values.shape[1]
+    for root, store in stores.items():
+        if store.pixel_values.shape[1] != num_channels:
+            raise ValueError(
+                f"`data` and `evaluate_on` must hold images of as many channels as {config.data[0]}, {num_channels}, got"
+                f" {store.pixel_values.shape[1]} in {root}."
+            )
     train_stores = [stores[root] for root in config.data]
     vocabulary = train_stores[0].vocabulary
     validation_images, validation_labels = images_of(train_stores, "validation")
@@ -92,18 +106,20 @@ def main(config: ClassifierConfig) -> None:
     loader = MixedBatches(train_stores, run)
     images_per_step = config.batch_size * config.gradient_accumulation_steps * run.accelerator.num_processes
 
-    arguments = {"image_size": config.resolution, "label_names": list(vocabulary.names)}
+    flip = vocabulary == ICLEVR_LABELS if config.flip is None else config.flip
+    arguments = {"image_size": config.resolution, "label_names": list(vocabulary.names), "in_channels": num_channels}
     if config.model == "small":
         judge = SmallLabelClassifier(len(vocabulary), **arguments)
     else:
         judge = LabelClassifier.from_preset(config.model, num_classes=len(vocabulary), **arguments)
+    run.start_from(config.init_from, judge, vocabulary.names)
     judge = judge.to(memory_format=torch.channels_last)  # trains the small one faster
     optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     judge, optimizer, lr_scheduler = run.prepare(judge, optimizer, run.lr_scheduler(optimizer))
 
     for batch in run.batches(loader):
         judge.train()
-        pixel_values = augment(normalize(batch["pixel_values"]))
+        pixel_values = augment(normalize(batch["pixel_values"]), flip=flip)
         loss = F.binary_cross_entropy_with_logits(judge(pixel_values).logits, batch["class_labels"])
 
         run.backward(loss)

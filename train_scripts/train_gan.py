@@ -32,6 +32,9 @@ class GANConfig(GANNetworksConfig):
     """Trains a GAN that draws images with given labels; without --data it renders its own scenes first."""
 
     flip: bool = option(False, "mirror half of the images")
+    init_from: str | None = option(
+        None, "pipeline or generator, also of other labels, whose weights are the first; the discriminator starts anew"
+    )
     loss: Literal["hinge", "nonsaturating", "wasserstein"] = option("hinge", "what the two networks minimize")
     learning_rate: float = option(2e-4, "learning rate after the warm-up; of the generator, if there are two")
     discriminator_learning_rate: float | None = option(None, "learning rate of the discriminator; none is the same")
@@ -93,6 +96,9 @@ def main(config: GANConfig) -> None:
 
     statistics = data.store.statistics(data.indices) if config.standardize else None
     generator, discriminator = make_gan(config, len(names), data.store.pixel_values.shape[1], statistics)
+    run.start_from(config.init_from, generator, names)
+    if statistics is not None:  # `init_from` brings those of its own data
+        generator.set_data_statistics(torch.from_numpy(statistics[0]), statistics[1])
     discriminator_loss, generator_loss = ADVERSARIAL_LOSSES[config.loss]
     evaluator = None
     if config.evaluator is not None and config.evaluator_weight:

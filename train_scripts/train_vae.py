@@ -18,7 +18,7 @@ from iclevr_diffusion.losses import vae_loss
 from iclevr_diffusion.models.vae_multilabel import MultiLabelVAE, logits_to_images
 from iclevr_diffusion.pipelines.pipeline_conditional_vae import ConditionalVAEPipeline
 from iclevr_diffusion.training import TrainingRun
-from iclevr_diffusion.training_data import DataConfig, TrainingData
+from iclevr_diffusion.training_data import DataConfig, TrainingData, check_sizes
 
 COLUMNS = 8  # of the grids
 
@@ -28,6 +28,7 @@ class VAEConfig(DataConfig):
     """Trains a variational auto-encoder of images; without --data it renders its own scenes first."""
 
     flip: bool = option(False, "mirror half of the images")
+    init_from: str | None = option(None, "pipeline or network, also of other labels, whose weights are the first ones")
     conditional: bool = option(True, "tell encoder and decoder the labels")
     architecture: Literal["mlp", "conv"] = option("conv", "fully connected layers, for digits, or convolutions")
     latent_dim: int = option(60, "numbers that an image is encoded as")
@@ -47,6 +48,19 @@ class VAEConfig(DataConfig):
         super().__post_init__()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
+        check_sizes(lambda: make_vae(self, num_classes=1, in_channels=1))
+
+
+def make_vae(config: VAEConfig, num_classes: int, in_channels: int) -> MultiLabelVAE:
+    """Makes a freshly initialized network."""
+    return MultiLabelVAE(
+        config.latent_dim,
+        num_classes,
+        config.resolution,
+        in_channels=in_channels,
+        architecture=config.architecture,
+        hidden_widths=config.hidden_widths,
+    )
 
 
 def negative_bound(
@@ -110,16 +124,11 @@ def main(config: VAEConfig) -> None:
     data = TrainingData(run, config)
 
     names = data.store.vocabulary.names if config.conditional else ()
-    vae = MultiLabelVAE(
-        config.latent_dim,
-        len(names),
-        config.resolution,
-        in_channels=data.store.pixel_values.shape[1],
-        architecture=config.architecture,
-        hidden_widths=config.hidden_widths,
-    )
-    if config.standardize:
-        vae.set_data_statistics(*data.store.statistics(data.indices))
+    vae = make_vae(config, len(names), data.store.pixel_values.shape[1])
+    run.start_from(config.init_from, vae, names)
+    # Without standardisation they are reset, since `init_from` brings those of its own data.
+    unchanged = torch.zeros_like(vae.data_mean), 1.0
+    vae.set_data_statistics(*(data.store.statistics(data.indices) if config.standardize else unchanged))
     ema = run.track(ExponentialMovingAverage(vae, config.ema_decay))
     optimizer = torch.optim.Adam(vae.parameters(), lr=config.learning_rate)
     model, optimizer, lr_scheduler = run.prepare(vae, optimizer, run.lr_scheduler(optimizer))

@@ -41,7 +41,10 @@ class LabelClassifier(ModelMixin, ConfigMixin):
         layer_type: "basic" (two 3x3 convolutions a block) or "bottleneck" (1x1, 3x3, 1x1).
         input_scale: Whole factor by which images are enlarged first, since the stem shrinks them to a quarter.
         threshold: A logit above it means that the object is in the image; chosen on validation images.
+        in_channels: Channels of the images: 1 for grey, 3 for RGB, 4 for RGBA.
     """
+
+    _later_arguments = {"in_channels": 3}  # older weights keep their hash, see `judging.weights_sha256`
 
     @register_to_config
     def __init__(
@@ -56,6 +59,7 @@ class LabelClassifier(ModelMixin, ConfigMixin):
         layer_type: str = "basic",
         input_scale: int = 1,
         threshold: float = 0.0,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         if label_names is not None and len(label_names) != num_classes:
@@ -75,6 +79,7 @@ class LabelClassifier(ModelMixin, ConfigMixin):
             raise ValueError(f"`input_scale` must be a whole number of at least 1, got {input_scale}.")
         self.resnet = ResNetModel(
             ResNetConfig(
+                num_channels=in_channels,
                 embedding_size=embedding_size,
                 hidden_sizes=list(hidden_sizes),
                 depths=list(depths),
@@ -98,21 +103,22 @@ class LabelClassifier(ModelMixin, ConfigMixin):
     def forward(
         self, pixel_values: Tensor, return_dict: bool = True
     ) -> ImageClassifierOutputWithNoAttention | tuple[Tensor]:
-        """Reads `pixel_values` (B, 3, H, W) in [-1, 1]; the `logits` of the output are (B, num_classes)."""
+        """Reads `pixel_values` (B, in_channels, H, W) in [-1, 1]; the `logits` of the output are (B, num_classes)."""
         logits = self.classifier(self.extract_features(pixel_values))
         return ImageClassifierOutputWithNoAttention(logits=logits) if return_dict else (logits,)
 
     def extract_features(self, pixel_values: Tensor) -> Tensor:
-        """Returns what the last layer sees of `pixel_values` (B, 3, H, W) in [-1, 1].
+        """Returns what the last layer sees of `pixel_values` (B, in_channels, H, W) in [-1, 1].
 
         Returns:
             The mean of each of the last stage's channels over the image (B, hidden_sizes[-1]).
         """
-        size = self.config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+        size, channels = self.config.image_size, self.config.in_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (channels, size, size):
+            mode = {1: " grey", 3: " RGB", 4: " RGBA"}.get(channels, f", {channels} channels")
             raise ValueError(
-                f"`pixel_values` must have shape (batch, 3, {size}, {size}), got {tuple(pixel_values.shape)};"
-                f" resize the images to {size}x{size} RGB."
+                f"`pixel_values` must have shape (batch, {channels}, {size}, {size}), got {tuple(pixel_values.shape)};"
+                f" resize the images to {size}x{size}{mode}."
             )
         if pixel_values.dtype != self.dtype and not torch.is_autocast_enabled(pixel_values.device.type):
             raise ValueError(

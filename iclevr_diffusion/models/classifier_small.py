@@ -51,7 +51,10 @@ class SmallLabelClassifier(ModelMixin, ConfigMixin):
         label_names: Name of each label in the order of the logits, or None if they have no names.
         block_out_channels: Channels of each residual block; each but the first halves height and width.
         threshold: A logit above it means that the object is in the image; chosen on validation images.
+        in_channels: Channels of the images: 1 for grey, 3 for RGB, 4 for RGBA.
     """
+
+    _later_arguments = {"in_channels": 3}  # older weights keep their hash, see `judging.weights_sha256`
 
     @register_to_config
     def __init__(
@@ -62,6 +65,7 @@ class SmallLabelClassifier(ModelMixin, ConfigMixin):
         label_names: Sequence[str] | None = None,
         block_out_channels: Sequence[int] = (24, 48, 96, 160),
         threshold: float = 0.0,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         if label_names is not None and len(label_names) != num_classes:
@@ -73,7 +77,9 @@ class SmallLabelClassifier(ModelMixin, ConfigMixin):
             raise ValueError(f"`threshold` must be a finite number, a logit, got {threshold!r}.")
         channels = [block_out_channels[0], *block_out_channels]
         self.stem = nn.Sequential(
-            nn.Conv2d(3, channels[0], 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU()
+            nn.Conv2d(in_channels, channels[0], 5, stride=2, padding=2, bias=False),
+            nn.BatchNorm2d(channels[0]),
+            nn.ReLU(),
         )
         self.blocks = nn.Sequential(
             *(
@@ -86,22 +92,23 @@ class SmallLabelClassifier(ModelMixin, ConfigMixin):
     def forward(
         self, pixel_values: Tensor, return_dict: bool = True
     ) -> ImageClassifierOutputWithNoAttention | tuple[Tensor]:
-        """Reads `pixel_values` (B, 3, H, W) in [-1, 1]; the `logits` of the output are (B, num_classes)."""
+        """Reads `pixel_values` (B, in_channels, H, W) in [-1, 1]; the `logits` of the output are (B, num_classes)."""
         logits = self.classifier(self.extract_features(pixel_values))
         return ImageClassifierOutputWithNoAttention(logits=logits) if return_dict else (logits,)
 
     def extract_features(self, pixel_values: Tensor) -> Tensor:
-        """Returns what the last layer sees of `pixel_values` (B, 3, H, W) in [-1, 1].
+        """Returns what the last layer sees of `pixel_values` (B, in_channels, H, W) in [-1, 1].
 
         Returns:
             The mean and then the maximum of each of the last block's channels over the image
             (B, 2 * block_out_channels[-1]).
         """
-        size = self.config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+        size, channels = self.config.image_size, self.config.in_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (channels, size, size):
+            mode = {1: " grey", 3: " RGB", 4: " RGBA"}.get(channels, f", {channels} channels")
             raise ValueError(
-                f"`pixel_values` must have shape (batch, 3, {size}, {size}), got {tuple(pixel_values.shape)};"
-                f" resize the images to {size}x{size} RGB."
+                f"`pixel_values` must have shape (batch, {channels}, {size}, {size}), got {tuple(pixel_values.shape)};"
+                f" resize the images to {size}x{size}{mode}."
             )
         if pixel_values.dtype != self.dtype and not torch.is_autocast_enabled(pixel_values.device.type):
             raise ValueError(
