@@ -24,11 +24,11 @@ from PIL import Image
 
 from iclevr_diffusion.environment import describe_environment
 from iclevr_diffusion.files import write_text
-from iclevr_diffusion.hub import DEFAULT_PIPELINE
 from iclevr_diffusion.rendering import render_scene, sample_scene
 from iclevr_diffusion.rendering.scene import COLORS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+INIT_FROM = "conditional-ddpm-tiny-rendered"
 JUDGE = "judge-small-rendered"
 NEW_COLOR, RGB = "orange", (230, 110, 10)
 NUM_SCORES = 8  # on the way of each run
@@ -110,7 +110,7 @@ def main() -> None:
         train("train_classifier.py", judge_run, **judge_options)
 
     curves = {}
-    for name, options in (("shipped", {"init_from": DEFAULT_PIPELINE}), ("nothing", {})):
+    for name, options in (("shipped", {"init_from": INIT_FROM}), ("nothing", {})):
         run = arguments.out / name
         options |= RECIPE | {"data": images, "judge": judge_run / "judge", "max_steps": arguments.num_steps}
         train("train_ddpm.py", run, score_every=max(1, arguments.num_steps // NUM_SCORES), **options)
@@ -119,11 +119,11 @@ def main() -> None:
 
     best = max(curves["nothing"].values())
     steps = {name: steps_to(scores, best) for name, scores in curves.items()}
-    print(f"{best:.3f}, the best from nothing, takes {steps['shipped']} steps from {DEFAULT_PIPELINE}.")
+    print(f"{best:.3f}, the best from nothing, takes {steps['shipped']} steps from {INIT_FROM}.")
     (judge_scores,) = json.loads((judge_run / "results.json").read_text())["held_out"].values()
     result = {
         "settings": {"recipe": RECIPE, "num_images": arguments.num_images, "num_steps": arguments.num_steps},
-        "init_from": DEFAULT_PIPELINE,
+        "init_from": INIT_FROM,
         "new_labels": [f"{NEW_COLOR} {shape}" for shape in ("cube", "cylinder", "sphere")],
         "judge": {"init_from": JUDGE, "num_steps": arguments.num_judge_steps, "held_out": judge_scores},
         "score": "share of the labels of validation label sets that the judge finds (pooled top-k)",
