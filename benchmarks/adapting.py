@@ -50,6 +50,9 @@ RECIPE = {
 def write_set(folder: Path, num_images: int) -> None:
     """Writes scenes of one to three objects as an image folder; one object of each is orange."""
     if (folder / "metadata.jsonl").is_file():
+        num_lines = len((folder / "metadata.jsonl").read_text().splitlines())
+        if num_lines != num_images:
+            sys.exit(f"adapting: {folder} holds {num_lines} images, not {num_images}; give another --out.")
         return
     folder.mkdir(parents=True, exist_ok=True)
     COLORS[NEW_COLOR] = RGB
@@ -75,8 +78,9 @@ def train(script: str, output_dir: Path, **options: Any) -> None:  # noqa: ANN40
         command += [f"--{option}", str(value)]
     output_dir.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "ACCELERATE_USE_CPU": "True"}  # what the result says it ran on
     with (output_dir / "log.txt").open("a") as log:
-        finished = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": path})
+        finished = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     if finished.returncode != 0:
         sys.exit(f"adapting: {script} ended with status {finished.returncode}; see {log.name}.")
 
@@ -106,8 +110,7 @@ def main() -> None:
     write_set(images, arguments.num_images)
     judge_options = {"data": images, "init_from": JUDGE, "flip": True, "max_steps": arguments.num_judge_steps}
     judge_options |= {"learning_rate": 1e-3, "warmup_steps": arguments.num_judge_steps // 10, "batch_size": 64}
-    if not (judge_run / "results.json").is_file():
-        train("train_classifier.py", judge_run, **judge_options)
+    train("train_classifier.py", judge_run, **judge_options)  # which refuses another recipe in the same folder
 
     curves = {}
     for name, options in (("shipped", {"init_from": INIT_FROM}), ("nothing", {})):

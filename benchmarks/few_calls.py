@@ -54,7 +54,8 @@ from iclevr_diffusion import load_pipeline
 from iclevr_diffusion.call_options import call_options, takes
 from iclevr_diffusion.data import open_store
 from iclevr_diffusion.environment import describe_environment
-from iclevr_diffusion.files import write_text
+from iclevr_diffusion.evaluate import pipeline_name
+from iclevr_diffusion.files import judge_name, write_text
 from iclevr_diffusion.hub import training_facts
 from iclevr_diffusion.images import make_table, save_png
 from iclevr_diffusion.judging import load_judge, weights_sha256
@@ -409,14 +410,13 @@ def open_named(sources: Sequence[str], device: str, dtype: torch.dtype, judge: s
     """
     pipelines: dict[str, DiffusionPipeline] = {}
     for source in sources:
-        path = Path(source).resolve()
-        name = path.parent.name if path.name in ("pipeline", "best_pipeline") else path.name
+        name = pipeline_name(source)
         if name in pipelines:
             raise ValueError(f"`pipelines` must have distinct names, got {name} twice; rename a folder.")
         pipelines[name] = load_pipeline(source, device=device, dtype=dtype)
         if not takes(pipelines[name], "class_labels") or pipelines[name].vocabulary is None:
             raise ValueError(f"`pipelines` must draw images of labels, got {source}, which does not.")
-        if Path(judge).name in (training_facts(source)["judges"] or ()):
+        if judge_name(Path(judge).resolve()) in (training_facts(source)["judges"] or ()):
             raise ValueError(f"`judge` must have no part in the training of {source}, got {judge}, which had.")
         pipelines[name].set_progress_bar_config(disable=True)
     return pipelines

@@ -38,13 +38,16 @@ def measure_cost(draw: Callable[[int], Any], networks: Sequence[nn.Module], *, b
             hooks.callback(handle.remove)
         draw(1)
 
+    # They compile again without the hooks, and for every shape.
+    is_compiled = any(network._compiled_call_impl is not None for network in networks)
+
     def seconds(num_images: int) -> float:
         measured = []
         for _ in range(1 + NUM_REPEATS):
             begin = time.perf_counter()
             draw(num_images)
             measured.append(time.perf_counter() - begin)
-            if measured[-1] > LONG:
+            if measured[-1] > LONG and (len(measured) > 1 or not is_compiled):
                 return measured[-1]
         return statistics.median(measured[1:])
 

@@ -13,7 +13,7 @@ from iclevr_diffusion.command_line import SAMPLING_OPTIONS, add_pipeline_argumen
 from iclevr_diffusion.data import ImageStore, open_store
 from iclevr_diffusion.environment import lost_processes_note
 from iclevr_diffusion.evaluation import DEFAULT_NUM_SEEDS, Evaluator
-from iclevr_diffusion.files import run_name
+from iclevr_diffusion.files import judge_name, run_name
 from iclevr_diffusion.hub import DEFAULT_JUDGES, DEFAULT_PIPELINE, training_facts
 from iclevr_diffusion.inception import WEIGHTS_NAME, InceptionFeatures
 from iclevr_diffusion.judging import load_judge
@@ -87,7 +87,7 @@ def judges_by_name(sources: Sequence[str]) -> dict[str, str]:
     """
     named: dict[str, str] = {}
     for source in sources:
-        name = run_name(Path(source).resolve()).removesuffix(".pth")
+        name = judge_name(Path(source).resolve())
         if name in named:
             raise ValueError(f"`judges` must have distinct names, got {named[name]} and {source}; rename one.")
         named[name] = source
@@ -118,7 +118,7 @@ def evaluate(args: argparse.Namespace) -> None:
             vocabulary=vocabulary,
             progress=state.is_main_process,
         )
-    facts = training_facts(args.pipeline, revision=args.revision)
+    facts = training_facts(args.pipeline, revision=args.revision, guide=args.guide)
     evaluator = Evaluator(
         pipeline,
         judges,

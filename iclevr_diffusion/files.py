@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path, PurePath
 
 
@@ -11,9 +12,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def run_name(path: str | PurePath) -> str:
-    """Names what a path leads to by its last part, or by the run's folder where every run calls that part alike."""
+    """Names what a path leads to by its last part, or by the run's folder where every run calls that part alike.
+
+    The pipeline of another average, `run/pipeline-0.05`, is `run-0.05`.
+    """
     path = PurePath(path)
-    return path.parent.name or path.name if path.name in ("pipeline", "best_pipeline", "judge") else path.name
+    alike = re.fullmatch(r"(?:pipeline|best_pipeline|judge)|pipeline(-\d[\d.e-]*)", path.name)
+    return f"{path.parent.name}{alike[1] or ''}" if alike and path.parent.name else path.name
+
+
+def judge_name(path: str | PurePath) -> str:
+    """Names a judge, which may also be the course's checkpoint."""
+    return run_name(path).removesuffix(".pth")
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:

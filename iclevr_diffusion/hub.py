@@ -1,11 +1,13 @@
 import copy
+import difflib
 import inspect
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +22,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from iclevr_diffusion.card import describe_training, render_card
-from iclevr_diffusion.files import run_name
+from iclevr_diffusion.files import judge_name
 from iclevr_diffusion.models.cgan import CGANEmbeddingGenerator, CGANGenerator
 from iclevr_diffusion.models.classifier import LabelClassifier
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
@@ -36,7 +38,7 @@ from iclevr_diffusion.pipelines.pipeline_conditional_gan import ConditionalGANPi
 from iclevr_diffusion.pipelines.pipeline_conditional_vae import ConditionalVAEPipeline
 from iclevr_diffusion.pipelines.pipeline_cyclegan import CycleGANPipeline
 
-DEFAULT_PIPELINE = "conditional-ddpm-tiny-rendered"
+DEFAULT_PIPELINE = "conditional-ddpm-tiny-rendered-4-steps"
 DEFAULT_JUDGES = ("judge-small", "judge-resnet18-half")
 
 # What a folder may ask for by name; beside these only diffusers' own schedulers.
@@ -59,8 +61,9 @@ _FACTS = ("conditions", "data_sha256", "split", "judges")  # that `training_fact
 
 EXPORT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# What the numbers of a published folder's card come from, and the label sets of the training images; it may lack any.
-RECORDS = ("conditions.json", "results.json", "training.json")
+# What the numbers of a published folder's card come from, the label sets of the training images, and what its guide was
+# trained on; it may lack any.
+RECORDS = ("conditions.json", "guide.json", "results.json", "training.json")
 
 
 def shipped_folder(name: str) -> Path:
@@ -99,10 +102,15 @@ def find_folder(path_or_repo: str | Path | None = None, revision: str | None = N
         return shipped_folder(DEFAULT_PIPELINE)
     if local.is_dir():
         return local
-    if not is_repo:
-        if isinstance(path_or_repo, str) and re.fullmatch(r"\w[\w.-]*", path_or_repo):
-            return shipped_folder(path_or_repo)
-        raise ValueError(f"`path_or_repo` must be a folder or a hub's `owner/name`; there is no folder {local}.")
+    if not is_repo and isinstance(path_or_repo, str) and re.fullmatch(r"\w[\w.-]*", path_or_repo):
+        return shipped_folder(path_or_repo)
+    nearest = [] if revision is not None else _similar_models(local)
+    if nearest or not is_repo:
+        hint = f"; did you mean {nearest[0]}?" if nearest else "."
+        asked = " A hub is asked for a model so named if its `revision` is given, such as main." if is_repo else ""
+        raise ValueError(
+            f"`path_or_repo` must be a folder or a hub's `owner/name`; there is no folder {local}{hint}{asked}"
+        )
     try:  # the patterns keep source code and pickled weights from being fetched at all
         return Path(snapshot_download(path_or_repo, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError) as error:
@@ -110,6 +118,32 @@ def find_folder(path_or_repo: str | Path | None = None, revision: str | None = N
             f"`path_or_repo` must be a folder or a hub's `owner/name`; there is no folder {path_or_repo}, and the hub"
             f" does not give a model of this name{f' at revision {revision}' if revision else ''}: {error}"
         ) from error
+
+
+def _similar_models(folder: Path) -> list[Path]:
+    """Finds models beside a folder that is missing, of names that it may have been meant to have, the nearest first."""
+    models = {
+        file.parent.name for name in ("model_index.json", "config.json") for file in folder.parent.glob(f"*/{name}")
+    }
+    return [folder.with_name(name) for name in difflib.get_close_matches(folder.name, sorted(models), cutoff=0.8)]
+
+
+def _models_inside(folder: Path, file_name: str, classes: Iterable[type]) -> str:
+    """Names the models that a folder, such as a training run's, holds instead of being one."""
+    known = {item.__name__ for item in classes}
+    inside = [file.parent for file in folder.glob(f"*/{file_name}") if known & set(_class_names(file))]
+    # A run's own model comes before its best_pipeline and its averages.
+    inside.sort(key=lambda path: (path.name not in ("pipeline", "judge"), path.name))
+    return f"; {' and '.join(map(str, inside[:3]))} {'is one' if len(inside) == 1 else 'are'}" if inside else ""
+
+
+def _class_names(file: Path) -> list[str]:
+    """Reads the class in a configuration, which a published one has in a list behind its module; none if broken."""
+    try:
+        entry = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [part for part in (entry if isinstance(entry, list) else [entry]) if isinstance(part, str)]
 
 
 def load_pipeline(
@@ -150,7 +184,8 @@ def load_pipeline(
     if not index_file.is_file():
         raise ValueError(
             f"{folder} must be a pipeline's folder with a model_index.json, and there is none"
-            f"{'; a judge is opened by `load_judge`' if (folder / 'config.json').is_file() else ''}."
+            f"{'; a judge is opened by `load_judge`' if (folder / 'config.json').is_file() else ''}"
+            f"{_models_inside(folder, 'model_index.json', PIPELINE_CLASSES)}."
         )
     index = _read_json(index_file)
     pipeline_class = _class_named(_class_name(index.get("_class_name")), PIPELINE_CLASSES, index_file)
@@ -168,10 +203,10 @@ def load_pipeline(
         arguments[name] = _load_component(folder / name, class_name, index_file, dtype or torch.float32)
     for name in pipeline_class._optional_components:
         entry = arguments.pop(name, None)
-        if guide is None and isinstance(entry, list) and entry[-1] is not None:
+        if guide is None and isinstance(entry, list) and entry and entry[-1] is not None:
             arguments[name] = _load_component(folder / name, _class_name(entry), index_file, dtype or torch.float32)
     if guide is not None:
-        arguments["guide"] = _load_guide(guide, pipeline_class, arguments["label_names"], dtype)
+        arguments["guide"] = _load_guide(guide, pipeline_class, arguments.get("label_names"), dtype)
     pipeline = pipeline_class(**arguments)
     pipeline.register_to_config(_name_or_path=str(path_or_repo or DEFAULT_PIPELINE))
     if device is not None:
@@ -185,22 +220,26 @@ def load_pipeline(
     return pipeline
 
 
-def training_facts(path_or_repo: str | Path | None = None, *, revision: str | None = None) -> dict[str, Any]:
+def training_facts(
+    path_or_repo: str | Path | None = None, *, revision: str | None = None, guide: str | Path | None = None
+) -> dict[str, Any]:
     """Tells what a pipeline was trained on, where the folder says so.
 
-    A published folder holds that itself (`conditions.json`, `training.json`); for a folder that a training run wrote,
-    such as `output_dir/pipeline`, it lies in `output_dir` (`conditions.json`, `data.json`). What weights have seen that
-    the run began with (`init_from`, see `first_weights_facts`) counts as seen by the pipeline.
+    A published folder holds that itself (`conditions.json`, `training.json`, `guide.json`); for a folder that a training
+    run wrote, such as `output_dir/pipeline`, it lies in `output_dir` (`conditions.json`, `data.json`). What weights have
+    seen that the run began with (`init_from`, see `first_weights_facts`), or the guide has, counts as seen by the pipeline.
 
     Args:
         path_or_repo: Folder, hub's `owner/name` or name of a pipeline, as `load_pipeline` takes it.
         revision: Branch, tag or commit of a hub's model.
+        guide: The pipeline that guides it, as `load_pipeline` takes it; a folder's own guide if not given.
 
     Returns:
         `conditions`, the distinct label sets of the training images as a list of tuples of names, as far as the
         pipeline knows these names; `data_sha256`, the fingerprint of the data set that the run's images are a part of
-        (`ImageStore.sha256`); `split`, which part, where `all` held nothing out, be it before this run; and `judges`,
-        the names of those that scored the run on its way or taught it. None for what is not known.
+        (`ImageStore.sha256`); `split`, which part, where `all` held nothing out, be it before this run or in the
+        guide's; and `judges`, the names of those that scored these runs on their way or taught them. None for what is
+        not known.
 
     Raises:
         ValueError: If there is no such pipeline, or one of the files is not of the right form.
@@ -208,19 +247,29 @@ def training_facts(path_or_repo: str | Path | None = None, *, revision: str | No
     folder = find_folder(path_or_repo, revision)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
-        raise ValueError(f"{folder} must be a pipeline's folder with a model_index.json, and there is none.")
-    index = _read_json(index_file)
+        raise ValueError(
+            f"{folder} must be a pipeline's folder with a model_index.json, and there is none"
+            f"{_models_inside(folder, 'model_index.json', PIPELINE_CLASSES)}."
+        )
+    index, own_guide = _read_json(index_file), folder / "guide.json"
+    if guide is not None:
+        guide_facts = training_facts(guide)
+    elif "guide" in index and own_guide.is_file():
+        guide_facts = _read_json(own_guide)
+        if guide_facts.get("conditions") is not None:
+            guide_facts["conditions"] = _check_conditions(guide_facts["conditions"], own_guide)
+    else:
+        guide_facts = {}
     if isinstance(index.get("_class_name"), list):
         record = folder / "training.json"
         training = _read_json(record) if record.is_file() else {}
         conditions = _read_conditions(folder / "conditions.json")
     else:
         folder = folder.resolve().parent
-        if not (folder / "config.yaml").is_file():  # whatever lies there is not a run's
-            return dict.fromkeys(_FACTS)
-        record = folder / "data.json"
-        training = _data_of_run(folder) | {"config": _config_of_run(folder)}
-        conditions = _conditions_of_run(folder, index.get("label_names"))
+        record, training, conditions = folder / "data.json", {}, None
+        if (folder / "config.yaml").is_file():  # else whatever lies there is not a run's
+            training = _data_of_run(folder) | {"config": _config_of_run(folder)}
+            conditions = _conditions_of_run(folder, index.get("label_names"))
     data_sha256 = training.get("data_sha256")
     is_hash = isinstance(data_sha256, str) and re.fullmatch("[0-9a-f]{64}", data_sha256)
     if data_sha256 is not None and not is_hash:
@@ -229,13 +278,13 @@ def training_facts(path_or_repo: str | Path | None = None, *, revision: str | No
     config = config if isinstance(config, dict) else {}
     first = training.get("first_weights")
     first = first if isinstance(first, dict) else {}
-    judges = [run_name(config[key]) for key in ("judge", "evaluator") if isinstance(config.get(key), str)]
-    for others in (training.get("teacher_judges"), first.get("judges")):
-        judges += [judge for judge in others or [] if isinstance(judge, str)]
+    judges = [judge_name(config[key]) for key in ("judge", "evaluator") if isinstance(config.get(key), str)]
+    for others in (training.get("teacher_judges"), first.get("judges"), guide_facts.get("judges")):
+        judges += [judge for judge in others if isinstance(judge, str)] if isinstance(others, list) else []
     return {
-        "conditions": conditions,
+        "conditions": _with_further(conditions, guide_facts.get("conditions") or []),
         "data_sha256": data_sha256,
-        "split": "all" if first.get("split") == "all" else training.get("split"),
+        "split": "all" if "all" in (first.get("split"), guide_facts.get("split")) else training.get("split"),
         "judges": sorted(set(judges)) or None,
     }
 
@@ -261,7 +310,10 @@ def open_judge(path_or_repo: str | Path) -> LabelClassifier | SmallLabelClassifi
     folder = find_folder(path_or_repo)
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise ValueError(f"{folder} must be a judge's folder with a config.json, and there is none.")
+        raise ValueError(
+            f"{folder} must be a judge's folder with a config.json, and there is none"
+            f"{_models_inside(folder, 'config.json', JUDGE_CLASSES)}."
+        )
     judge_class = _class_named(_class_name(_read_json(config_file).get("_class_name")), JUDGE_CLASSES, config_file)
     return _load_model(judge_class, folder, torch.float32)
 
@@ -319,6 +371,8 @@ def export_pipeline(
                 del index[name]
                 continue
             component = getattr(component, "_orig_mod", component)  # what torch.compile has wrapped
+            if name == "guide" and (came_from := component.config.get("_name_or_path")):
+                _write_guide_facts(staging / "guide.json", came_from)
             if type(component) in MODEL_CLASSES:
                 source = Path(inspect.getfile(type(component)))
                 index[name] = [source.stem, type(component).__name__]
@@ -513,7 +567,7 @@ def push_to_hub(
 
 
 def _load_guide(
-    path_or_repo: str | Path, pipeline_class: type, label_names: Mapping[str, str], dtype: torch.dtype | None
+    path_or_repo: str | Path, pipeline_class: type, label_names: Mapping[str, str] | None, dtype: torch.dtype | None
 ) -> torch.nn.Module:
     """Opens the network of another pipeline of the same labels."""
     if pipeline_class is not ConditionalDDPMPipeline:
@@ -684,16 +738,41 @@ def _conditions_of_run(output_dir: Path, label_names: Mapping[str, str] | None) 
     conditions = _read_conditions(output_dir / "conditions.json")
     if conditions is None:
         return None
-    known, own = set((label_names or {}).values()), {frozenset(labels) for labels in conditions}
+    known = set((label_names or {}).values())
     earlier = map(tuple, _first_weights_of_run(output_dir).get("conditions") or [])
-    return conditions + [labels for labels in earlier if known.issuperset(labels) and frozenset(labels) not in own]
+    return _with_further(conditions, [labels for labels in earlier if known.issuperset(labels)])
+
+
+def _with_further(
+    conditions: list[tuple[str, ...]] | None, others: Iterable[tuple[str, ...]]
+) -> list[tuple[str, ...]] | None:
+    """Puts behind label sets those of others that are not among them, in whatever order; what is not known stays so."""
+    if conditions is None:
+        return None
+    own = {frozenset(labels) for labels in conditions}
+    return conditions + [labels for labels in others if frozenset(labels) not in own]
+
+
+def _write_guide_facts(file: Path, came_from: str | Path) -> None:
+    """Writes down what the network of a guide was trained on, as far as the folder that it came from says so."""
+    if not Path(came_from).is_dir():
+        warnings.warn(
+            f"What the guide was trained on is not published with it, as the folder it came from, {came_from}, is gone.",
+            stacklevel=3,
+        )
+        return
+    facts = first_weights_facts(came_from)
+    if any(fact is not None for fact in facts.values()):
+        file.write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
 
 def _read_conditions(file: Path) -> list[tuple[str, ...]] | None:
-    """Reads the label sets of the training images, which may come from a stranger."""
-    if not file.is_file():
-        return None
-    conditions = _parse_json(file)
+    """Reads the label sets of the training images."""
+    return _check_conditions(_parse_json(file), file) if file.is_file() else None
+
+
+def _check_conditions(conditions: Any, file: Path) -> list[tuple[str, ...]]:  # noqa: ANN401 -- any JSON
+    """Refuses what a file that may come from a stranger holds in the place of label sets."""
     form = 'a list of lists of distinct labels, as in [["red cube"], ["red cube", "gray sphere"]]'
     if not isinstance(conditions, list):
         raise ValueError(f"{file} must hold {form}, got {type(conditions).__name__}.")

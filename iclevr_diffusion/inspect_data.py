@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; what a user gave wrongly, or a training would refuse, ends it with status 1."""
     arguments = parse_arguments(argv)
     try:
-        source = open_source(arguments.data)
+        source = open_source(arguments.data, skip_faults=True)
         if isinstance(source, LabelledImages):
             print(source.describe())
         found = inspect_images(source, resolution=arguments.resolution)

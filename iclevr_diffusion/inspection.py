@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +31,7 @@ def inspect_images(source: ImageSource, *, resolution: int = 64, progress: bool 
     """Reads every image of a source and counts what it holds; a broken one is noted, and the others are read on.
 
     Args:
-        source: The images.
+        source: The images; rows that are wrong are left out if `open_source` was told to skip them, and reported.
         resolution: Height and width at which two images are compared: those that are equal there are duplicates to a
             model of that size.
         progress: Whether to show a progress bar.
@@ -37,10 +39,11 @@ def inspect_images(source: ImageSource, *, resolution: int = 64, progress: bool 
     Returns:
         Ready for JSON: `num_images`, `labels` (images of each label by split), `combinations` (images of each label
         set, most first), `labels_per_image`, `imbalance` (images of the most frequent label by those of the rarest),
-        `sizes`, `formats` (of files), `splits`, `broken` (messages), `duplicates` (groups of file names),
-        `duplicates_across_splits`, `near_duplicates` (pairs; `None` of more than `MAX_COMPARED` images), `unlabelled`,
-        `unnamed_files` (which lie beside a table and no row names), `rare_labels`, `warnings`, and `refusals`, for
-        which a training would not start.
+        `sizes`, `formats` (of files), `splits`, `row_faults` and `broken` (messages), `duplicates` (groups of file
+        names), `duplicates_across_splits`, `near_duplicates` (pairs of an image and the first before it that is nearly
+        the same; `None` of more than `MAX_COMPARED` images), `unlabelled`, `unlabelled_rows` (where they stand),
+        `unnamed_files` (which lie beside a table and no row names), `rare_labels`, `likely_separator` (of labels, where
+        it seems to be another one), `warnings`, and `refusals`, for which a training would not start.
     """
     check_resolution(resolution)
     names, splits = source.vocabulary.names, [split_of_scene(scene) for scene in source.scenes.tolist()]
@@ -88,6 +91,8 @@ def inspect_images(source: ImageSource, *, resolution: int = 64, progress: bool 
     combinations = [
         {"labels": [names[k] for k in np.flatnonzero(label_sets[j])], "images": int(images_of_sets[j])} for j in order
     ]
+    unlabelled = [source.file_names[i] for i in np.flatnonzero(source.class_labels.sum(axis=1) == 0)]
+    is_table = isinstance(source, LabelledImages)
     found = {
         "data": source.name,
         "num_images": num_images,
@@ -99,13 +104,16 @@ def inspect_images(source: ImageSource, *, resolution: int = 64, progress: bool 
         "sizes": dict(sizes.most_common()),
         "formats": dict(formats.most_common()),
         "splits": {split: int(rows.sum()) for split, rows in in_split.items()},
+        "row_faults": source.faults if is_table else [],
         "broken": broken,
         "duplicates": _named(source, duplicates),
         "near_duplicates": near_duplicates,
         "duplicates_across_splits": _named(source, across),
-        "unlabelled": [source.file_names[i] for i in np.flatnonzero(source.class_labels.sum(axis=1) == 0)],
+        "unlabelled": unlabelled,
+        "unlabelled_rows": list(map(source.where, unlabelled)) if is_table else unlabelled,
         "unnamed_files": _unnamed_files(source),
         "rare_labels": [name for name in names if labels[name]["train"] < RARE],
+        "likely_separator": source.likely_separator() if is_table else None,
     }
     return found | {"warnings": list(_warnings(found)), "refusals": list(_refusals(found))}
 
@@ -116,8 +124,7 @@ def format_inspection(found: dict[str, Any]) -> str:
     lines = [
         f"{found['num_images']:,} images: "
         + ", ".join(f"{count:,} {split}" for split, count in found["splits"].items()),
-        "Sizes: " + (_shortened(found["sizes"]) or "not those of files, the images are held in memory"),
-        "Files: " + (_shortened(found["formats"]) or "none"),
+        *_lines_of_files(found),
         "Labels an image: " + ", ".join(f"{number}: {count:,}" for number, count in found["labels_per_image"].items()),
         "",
         f"{'Label':{width}}  {'images':>9} " + " ".join(f"{split:>11}" for split in SPLITS),
@@ -139,6 +146,13 @@ def format_inspection(found: dict[str, Any]) -> str:
     if not found["refusals"]:
         lines += ["", "Nothing here keeps a training from starting."]
     return "\n".join(lines)
+
+
+def _lines_of_files(found: dict[str, Any]) -> list[str]:
+    """Says how large the images are and in what files; nothing where none of the files could be read."""
+    if found["sizes"]:
+        return [f"Sizes: {_shortened(found['sizes'])}", f"Files: {_shortened(found['formats'])}"]
+    return [] if found["broken"] else ["Sizes: not those of files, the images are held in memory", "Files: none"]
 
 
 def make_sheet(source: ImageSource, found: dict[str, Any], *, num_images: int = 48) -> Image.Image | None:
@@ -183,7 +197,10 @@ def _examine(source: ImageSource, file_name: str, resolution: int) -> dict[str, 
 
 
 def _near_pairs(thumbnails: list[np.ndarray]) -> list[tuple[int, int]]:
-    """Returns the pairs of images that differ by next to nothing, as by compression."""
+    """Returns the images that differ by next to nothing, as by compression, from an earlier one, behind the first such.
+
+    One pair an image: where all images are nearly the same, the pairs of each with each would not fit into memory.
+    """
     if not thumbnails:
         return []
     values = np.stack(thumbnails).astype(np.float32)
@@ -191,11 +208,11 @@ def _near_pairs(thumbnails: list[np.ndarray]) -> list[tuple[int, int]]:
     squares = np.square(values).sum(axis=1)
     pairs = []
     for start in range(0, len(values), _CHUNK_SIZE):
-        rows = slice(start, start + _CHUNK_SIZE)
-        distances = squares[rows, None] + squares - 2 * values[rows] @ values.T
-        for i, j in np.argwhere(distances < _NEAR**2 * values.shape[1]).tolist():
-            if start + i < j:
-                pairs.append((start + i, j))
+        stop = min(start + _CHUNK_SIZE, len(values))
+        distances = squares[start:stop, None] + squares[:stop] - 2 * values[start:stop] @ values[:stop].T
+        is_near = np.tril(distances < _NEAR**2 * values.shape[1], start - 1)
+        firsts = is_near.argmax(axis=1)
+        pairs += [(int(firsts[i]), int(start + i)) for i in np.flatnonzero(is_near.any(axis=1))]
     return pairs
 
 
@@ -206,7 +223,7 @@ def _warnings(found: dict[str, Any]) -> Iterator[str]:
         num_copies = sum(map(len, groups)) - len(groups)
         yield f"Images that are the same as another at this size: {num_copies:,} ({_listed(shown)})."
     if pairs := found["near_duplicates"]:
-        yield f"Pairs of nearly the same image: {len(pairs):,} ({_listed([' ~ '.join(pair) for pair in pairs])})."
+        yield f"Images that are nearly the same as another: {len(pairs):,} ({_listed([' ~ '.join(pair) for pair in pairs])})."
     if found["near_duplicates"] is None:
         yield f"Near duplicates were not looked for: there are more than {MAX_COMPARED:,} images."
     if groups := found["duplicates_across_splits"]:
@@ -214,15 +231,33 @@ def _warnings(found: dict[str, Any]) -> Iterator[str]:
             f"Groups of equal images that lie in several splits: {len(groups):,}. Scores on held-out images are too high"
             " by them; keep one image of each, or give them one value in a column `scene`."
         )
-    if found["unlabelled"]:
-        yield f"Images without a label: {len(found['unlabelled']):,} ({_listed(found['unlabelled'])})."
+    if rows := found["unlabelled_rows"]:
+        yield f"Images without a label: {len(rows):,}\n  " + "\n  ".join(_first_of_each_kind(rows))
     if found["unnamed_files"]:
         yield f"Image files that no row names: {len(found['unnamed_files']):,} ({_listed(found['unnamed_files'])})."
     if found["rare_labels"]:
         yield f"Labels of fewer than {RARE} training images: {_listed(found['rare_labels'])}."
     for split in ("validation", "held-out"):
+        without = [name for name, counts in found["labels"].items() if counts["all"] and not counts[split]]
         if not found["splits"][split]:
             yield f"There is no {split} image; a judge has nothing to be tested on. More images, or a column `split`."
+        elif without:
+            yield (
+                f"Labels without a {split} image, on which a judge cannot be tested: {_listed(without)}. More images of"
+                " them, or a column `split`."
+            )
+    once = [name for name, counts in found["labels"].items() if counts["all"] == 1]
+    if 2 * len(once) > len(found["labels"]):
+        yield (
+            f"Labels that occur once: {len(once):,} of {len(found['labels']):,} ({_listed([repr(name) for name in once])})."
+            " Nothing can be learned of those; if they are captions or names, give the column of the labels as"
+            " `label_column` in a YAML file."
+        )
+    if (separator := found["likely_separator"]) is not None:
+        yield (
+            f"Labels are made of other labels with {separator!r} between; did you mean label_separator:"
+            f" {json.dumps(separator)}? It is a line of a YAML file beside `images`."
+        )
     spellings = defaultdict(list)
     for name in found["labels"]:
         spellings["".join(name.casefold().split())].append(name)
@@ -239,10 +274,27 @@ def _warnings(found: dict[str, Any]) -> Iterator[str]:
 
 def _refusals(found: dict[str, Any]) -> Iterator[str]:
     """Says for what a training would not start."""
-    if found["broken"]:
-        yield f"Images that cannot be read: {len(found['broken']):,}\n  " + "\n  ".join(found["broken"])
+    for title, faults in (
+        ("Faults of rows, which are left out of all the counts here", found["row_faults"]),
+        ("Images that cannot be read", found["broken"]),
+    ):
+        if faults:
+            yield f"{title}: {len(faults):,}\n  " + "\n  ".join(_first_of_each_kind(faults))
     if not found["splits"]["train"]:
         yield "There is no training image; a set of a few images can have none, and a column `split` says which are."
+
+
+def _first_of_each_kind(messages: Sequence[str]) -> list[str]:
+    """Returns the first messages of each kind, that is of those alike but for names, numbers, what came and reasons in brackets."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for message in messages:
+        kinds[re.sub(r"`[^`]*`|\bgot [^;]*|'[^']*'|\"[^\"]*\"|\([^)]*\)|\d+", "", message)].append(message)
+    lines = []
+    for alike in kinds.values():
+        lines += alike[:_NUM_SHOWN]
+        if len(alike) > _NUM_SHOWN:
+            lines.append(f"and {len(alike) - _NUM_SHOWN:,} more, in inspection.json (--out)")
+    return lines
 
 
 def _in_turn(source: ImageSource) -> Iterator[int]:

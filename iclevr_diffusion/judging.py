@@ -55,10 +55,15 @@ def check_judge_labels(judge: nn.Module, label_names: Sequence[str], *, name: st
     if sorted(theirs) == sorted(ours):
         difference = "the same names in another order"
     else:
-        difference = f"{len(theirs)} names, of which {sorted(set(theirs) ^ set(ours))} stand in one of the two only"
+        lacking = [label for label in ours if label not in set(theirs)]
+        num_known = len(ours) - len(lacking)
+        difference = f"{len(theirs)} labels, {num_known or 'none'} of the pipeline's {len(ours)}"
+        if lacking:
+            some = ", ".join(lacking[:4]) + (", ..." if len(lacking) > 4 else "")
+            difference += f" ({some} {'is' if len(lacking) == 1 else 'are'} missing)"
     raise ValueError(
-        f"{name} judges other labels than the pipeline's {len(ours)}: it has {difference}."
-        " Take a judge trained with the pipeline's `label_names`."
+        f"{name} judges other labels than the pipeline: it knows {difference}. Train one on images with these labels,"
+        " train_scripts/train_classifier.py --data IMAGES --output_dir FOLDER, and give FOLDER/judge."
     )
 
 

@@ -417,9 +417,14 @@ def _choose_protocols(
     shared -= differing
     if not shared:
         lists = "; ".join(f"{system.path} has {', '.join(system.results['protocols'])}" for system in systems)
+        reasons = [f"{name} asks each for other label sets" for name in sorted(differing)]
+        if all(MATCHED in names for names in drawn):
+            few = " and was drawn too few times" if any(_is_quick(system, [MATCHED]) for system in systems) else ""
+            reasons.append(f"{MATCHED} ranks only where `--protocols` asks for it{few}")
+        why = f" Of what all have drawn, {'; '.join(reasons)}." if reasons else ""
         raise ValueError(
-            f"Systems must share a protocol of the same conditions, and share none: {lists}. Evaluate them on the same"
-            " lists."
+            f"Systems must share a protocol of the same conditions, and share none: {lists}.{why} Evaluate them on the"
+            " same lists, such as a file in the form of test.json."
         )
     for name in sorted(shared):
         _check_same(systems, f"what the intervals of {name} draw again", ("protocols", name, "resampled"))

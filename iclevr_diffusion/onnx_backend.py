@@ -56,17 +56,13 @@ class OnnxDDPMPipeline(ConditionalDDPMPipeline):
                 user's cache folder. Files in it can be deleted at any time.
 
         Raises:
-            ValueError: If the pipeline is of another kind, or its weights are not float32 on the CPU.
+            ValueError: If the pipeline is of another kind or has a guide, or its weights are not float32 on the CPU.
             ImportError: If one of the packages of the extra `onnx` is missing.
         """
         if type(pipeline) is not ConditionalDDPMPipeline:
             raise ValueError(
                 f'`backend` must be "torch" for a {type(pipeline).__name__}, got "onnx", which takes the steps of a'
                 " ConditionalDDPMPipeline in one graph."
-            )
-        if pipeline.guide is not None:
-            raise ValueError(
-                '`backend` must be "torch" for a pipeline with a `guide`, got "onnx", whose graph holds one network.'
             )
         if missing := [name for name in _PACKAGES if util.find_spec(name) is None]:
             raise ImportError(
@@ -79,9 +75,10 @@ class OnnxDDPMPipeline(ConditionalDDPMPipeline):
             label_names=pipeline.vocabulary.names,
             default_num_inference_steps=pipeline.config.default_num_inference_steps,
             default_guidance_scale=pipeline.config.default_guidance_scale,
+            guide=pipeline.guide,
             student_num_inference_steps=pipeline.config.student_num_inference_steps,
         )
-        made._check_weights()
+        made._check_networks()
         made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         made._cache_dir = cache_dir
         return made
@@ -112,7 +109,7 @@ class OnnxDDPMPipeline(ConditionalDDPMPipeline):
                 "`callback_on_step_end` must be left out where all steps are one graph; open the pipeline with"
                 ' backend="torch" to be called after each.'
             )
-        self._check_weights()
+        self._check_networks()
         steps = self._steps_of(num_steps)
         num_calls = len(steps.timesteps)
 
@@ -170,7 +167,11 @@ class OnnxDDPMPipeline(ConditionalDDPMPipeline):
         options.intra_op_num_threads = torch.get_num_threads()
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def _check_weights(self) -> None:
+    def _check_networks(self) -> None:
+        if self.guide is not None:
+            raise ValueError(
+                '`backend` must be "torch" for a pipeline with a `guide`, got "onnx", whose graph holds one network.'
+            )
         weight = next(self.unet.parameters())
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             raise ValueError(
@@ -272,6 +273,12 @@ class _Step(nn.Module):
             The new history.
         """
         num_rows, num_images = condition_weights.shape
+        # Else the export gives each input sizes of its own, and fails where a network with tokens multiplies them.
+        torch._check(history.shape[1] == num_images)
+        torch._check(class_labels.shape[0] == num_rows)
+        torch._check(class_labels.shape[1] == num_images)
+        if is_null is not None:
+            torch._check(is_null.shape[0] == num_rows)
         sample = (input_weights[:, None, None, None, None] * history).sum(dim=0)
         rows = sample[None].expand(num_rows, *sample.shape).flatten(0, 1)
         null_mask = None if is_null is None else is_null[:, None].expand(num_rows, num_images).flatten()

@@ -63,6 +63,8 @@ def draw(pipeline: DiffusionPipeline, label_lists: list[list[str] | str], args: 
     micro_batch_size = min(args.micro_batch_size, len(seeds))
     output = pipeline(labels_of_image, seeds=seeds, micro_batch_size=micro_batch_size, **options, **states)
     metadata: dict[str, Any] = {"model": args.pipeline or DEFAULT_PIPELINE, **options}
+    if args.guide is not None:
+        metadata["guide"] = args.guide
     if hasattr(pipeline, "scheduler"):
         metadata["scheduler"] = type(pipeline.scheduler).__name__
     metadata["Software"] = f"iclevr_diffusion {iclevr_diffusion.__version__}"
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 " iclevr-picture shows what it draws."
             )
         files = draw(pipeline, read_prompts(args.prompts, args.prompt_file, pipeline.vocabulary), args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"iclevr-sample: {error}")
     print(f"{len(files)} files in {Path(args.out).resolve()}; all images: {files[-1 - args.strip]}")
 

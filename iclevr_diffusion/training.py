@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from iclevr_diffusion.checkpoint import Stateful, load_checkpoint, newest_checkpoint, read_manifest, save_checkpoint
-from iclevr_diffusion.config import TrainConfig
+from iclevr_diffusion.config import Config, TrainConfig, parse_config
 from iclevr_diffusion.environment import describe_environment, lost_processes_note
 from iclevr_diffusion.files import write_text
 from iclevr_diffusion.hub import find_folder, first_weights_facts
@@ -105,6 +105,8 @@ class TrainingRun:
         ValueError: If the configuration differs from that of the checkpoints in `output_dir`, or the launcher asks for
             FSDP, DeepSpeed or another way of sharding weights.
     """
+
+    has_begun = False  # whether a run of this process has come to its loop, see `run_script`
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -216,6 +218,12 @@ class TrainingRun:
         """
         for name, value in facts.items():
             theirs = self._manifest["facts"].get(name, value)
+            if theirs != value and name == "data":
+                raise ValueError(
+                    f"`data` must be what the first {self._manifest['step']} steps saw, to go on from {self._origin}: its"
+                    " images or labels are others now, or were changed. Give them as they were, or train into another"
+                    f" `output_dir`. (Their SHA-256 is {str(theirs)[:12]}... there, {str(value)[:12]}... here.)"
+                )
             if theirs != value:
                 raise ValueError(
                     f"`{name}` must be {theirs!r} to go on from {self._origin}, got {value!r}; train into another"
@@ -288,6 +296,7 @@ class TrainingRun:
         """
         config, accelerator = self.config, self.accelerator
         self._resume()
+        TrainingRun.has_begun = True
         images = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         bar = tqdm(
             total=config.max_steps * images,
@@ -418,7 +427,8 @@ class TrainingRun:
         text = [record.read_text() if self.accelerator.is_main_process and record.exists() else "{}"]
         best = json.loads(accelerate.utils.broadcast_object_list(text)[0])
         best = best if best.get("measure", measure) == measure else {}
-        self.print(f"Step {self.step}: validation score {score:.4f}, best before {best.get('score', 'none')}.")
+        before = f"{best['score']:.4f}" if "score" in best else "none"
+        self.print(f"Step {self.step}: validation score {score:.4f}, best before {before}.")
         if score > best.get("score", -math.inf):
             self.save_pipeline(pipeline, "best_pipeline")
             if self.accelerator.is_main_process:
@@ -478,7 +488,8 @@ class TrainingRun:
             nonlocal first
             if not self._signal:
                 self._signal, first = number, time.monotonic()
-                text = f"\n{signal.Signals(number).name}: finishing step {self.step}, then saving; Ctrl-C aborts.\n"
+                # After its backward pass a step no longer looks, so that the next one is the last.
+                text = f"\n{signal.Signals(number).name}: saving after this step or the next; Ctrl-C aborts.\n"
                 if self.accelerator.is_main_process:
                     with contextlib.suppress(OSError, ValueError):  # of a `tee` that the same Ctrl-C has ended
                         os.write(
@@ -598,9 +609,33 @@ class TrainingRun:
             write_text(path, json.dumps([*launches, launch], indent=2) + "\n")
 
 
+def run_script(main: Callable[[Config], None], config_class: type[Config]) -> None:
+    """Runs a training script with the configuration of the command line.
+
+    What is wrong with the data, weights or judge given to it shows before the loop, and is told in one line; a fault in
+    the loop or behind it is one of the program and keeps its traceback.
+
+    Raises:
+        SystemExit: With code 2, if the command line, or what it names, is not as it must be.
+    """
+    config = parse_config(config_class)
+    try:
+        main(config)
+    except (ValueError, FileNotFoundError) as error:
+        if TrainingRun.has_begun:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=STANDARD_ERROR)
+        raise SystemExit(2) from None
+
+
 def _plain(config: TrainConfig) -> dict[str, Any]:
     """Returns the fields as YAML reads them back: tuples are lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+
+
+_OTHER_NETWORK = (
+    "give other weights, or train the network that these are of (`network` or `model`, where a script has it)"
+)
 
 
 class LabelChange(NamedTuple):
@@ -686,14 +721,27 @@ def load_weights(
     shapes, others = ({name: tuple(value.shape) for name, value in state.items()} for state in (own, weights))
     differing = [name for name in {**shapes, **others} if shapes.get(name) != others.get(name)]
     if differing:
+        own_fields = {"num_classes", "label_names"} if differ else set()  # which `_relabel` has settled
+        fields = {name: (_as_json(other.config.get(name)), _as_json(value)) for name, value in model.config.items()}
+        settings = "; ".join(
+            f"{name}: {before} there, {here} here"
+            for name, (before, here) in fields.items()
+            if name[0] != "_" and name not in own_fields and before != here
+        )
+        settings = f"its configuration has {settings}, and" if settings else "of its weights"
         shown = ", ".join(f"{name} {others.get(name)} there, {shapes.get(name)} here" for name in differing[:3])
         unnamed = "" if theirs is not None else " A pipeline's folder, unlike a network's, also names the labels."
         raise ValueError(
-            f"`source` {source} must hold a model of these shapes, but {len(differing)} tensors differ: {shown}. Take"
-            f" the architecture that is in its config.json.{unnamed}"
+            f"`source` {source} must hold a model of the same architecture, but {settings} {len(differing)} tensors"
+            f" differ: {shown}. Train with the settings that are in its config.json.{unnamed}"
         )
     model.load_state_dict(weights)
     return change
+
+
+def _as_json(value: Any) -> str:  # noqa: ANN401 -- any JSON
+    """Writes a field of a configuration, in which a list that was read stands for a tuple."""
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _find_model(model: ModelMixin, source: str | Path) -> tuple[Path, list[str] | None]:
@@ -706,13 +754,15 @@ def _find_model(model: ModelMixin, source: str | Path) -> tuple[Path, list[str] 
         parts = {name: entry[-1] for name, entry in index.items() if isinstance(entry, list) and name[0] != "_"}
         parts = {name: part for name, part in parts.items() if part is not None and name != "guide"}  # a worse network
         if kind not in parts.values():
-            raise ValueError(f"`source` {source} must hold a {kind}, got a pipeline of {', '.join(parts.values())}.")
+            raise ValueError(
+                f"`source` {source} must hold a {kind}, got a pipeline of {', '.join(parts.values())}; {_OTHER_NETWORK}."
+            )
         folder = folder / next(name for name, part in parts.items() if part == kind)
     if not (folder / "config.json").exists():
         raise ValueError(f"`source` must be a pipeline's or a model's, got {source}, which has no config.json.")
     found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     if found != kind:
-        raise ValueError(f"`source` {source} must hold a {kind}, got a {found}.")
+        raise ValueError(f"`source` {source} must hold a {kind}, got a {found}; {_OTHER_NETWORK}.")
     return folder, label_names
 
 

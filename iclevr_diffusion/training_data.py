@@ -1,3 +1,4 @@
+import difflib
 import json
 import os
 import sys
@@ -20,13 +21,39 @@ from iclevr_diffusion.data import (
     open_source,
     open_store,
 )
-from iclevr_diffusion.protocols import COMBINATIONS, Protocol, combinations_protocol, open_protocol
+from iclevr_diffusion.protocols import COMBINATIONS, PROTOCOLS, Protocol, combinations_protocol, open_protocol
 from iclevr_diffusion.rendering import render_dataset
 from iclevr_diffusion.training import TrainingRun
 
+_HOLD_OUT = (
+    f"`hold_out` must be {COMBINATIONS} (chosen among the label sets of your images), held-out (i-CLEVR's labels only)"
+    " or a file like test.json"
+)
+
 
 @dataclass(kw_only=True)
-class DataConfig(TrainConfig):
+class BatchConfig(TrainConfig):
+    """What a run is told about the batches of its images, whatever images they are."""
+
+    resolution: int = option(64, "height and width of the images in pixels")
+    resident: bool = option(True, "hold the images on the device, or read them from their file", may_change=True)
+    num_workers: int = option(2, "threads that read batches ahead where images are not resident", may_change=True)
+    repeat_threshold: float | None = option(
+        None, "share of the images below which a label is rare, its images coming more often; none repeats none"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_workers < 0:
+            raise ValueError(f"`num_workers` must be at least 0, got {self.num_workers}.")
+        if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
+            raise ValueError(
+                f"`repeat_threshold` must lie in (0, 1], a share of the images, or be none, got {self.repeat_threshold}."
+            )
+
+
+@dataclass(kw_only=True)
+class DataConfig(BatchConfig):
     """What a run on labelled images is told about them."""
 
     data: str | None = option(
@@ -42,24 +69,9 @@ class DataConfig(TrainConfig):
         " a file like test.json",
         may_change=True,
     )
-    resolution: int = option(64, "height and width of the images in pixels")
-    resident: bool = option(True, "hold the images on the device, or read them from their file", may_change=True)
     streaming: bool = option(
         False, "read and decode images whenever a batch needs them, with no file of pixels made and none resident"
     )
-    num_workers: int = option(2, "threads that read batches ahead where images are not resident", may_change=True)
-    repeat_threshold: float | None = option(
-        None, "share of the images below which a label is rare, its images coming more often; none repeats none"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_workers < 0:
-            raise ValueError(f"`num_workers` must be at least 0, got {self.num_workers}.")
-        if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
-            raise ValueError(
-                f"`repeat_threshold` must lie in (0, 1], a share of the images, or be none, got {self.repeat_threshold}."
-            )
 
 
 def check_sizes(make_networks: Callable[[], object], device: str = "meta") -> None:
@@ -172,8 +184,9 @@ class TrainingData:
         left_out = None
         if hold_out is not None:
             left_out = {"name": hold_out.name, "sha256": hold_out.sha256, "num_images_left_out": num_left_out}
-        # What is held out comes first, as the number of images follows from it.
-        run.pin(hold_out=left_out["sha256"] if left_out else "none", **facts)
+        # The number of images, and with `combinations` also what is held out, follow from what is named before them.
+        run.pin(data=self.store.sha256, hold_out=left_out["sha256"] if left_out else "none")
+        run.pin(**facts)
         if left_out:
             run.print(
                 f"{num_left_out:,} of {len(all_indices):,} images are left out: each shows one of the {len(hold_out)}"
@@ -196,12 +209,22 @@ class TrainingData:
         return [self.validation_conditions[i] for i in order[:num_conditions]]
 
     def _open_hold_out(self, name_or_path: str) -> Protocol:
+        vocabulary = self.store.vocabulary
+        if name_or_path not in (COMBINATIONS, *PROTOCOLS) and not Path(name_or_path).is_file():
+            nearest = difflib.get_close_matches(name_or_path.lower(), (COMBINATIONS, "held-out"), n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ", and there is no file of this name."
+            raise FileNotFoundError(f"{_HOLD_OUT}, got {name_or_path!r}{hint}")
         try:
             if name_or_path == COMBINATIONS:
                 return combinations_protocol(self.store)
-            return open_protocol(name_or_path, self.store.vocabulary)
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"`hold_out`: {error}") from None
+            return open_protocol(name_or_path, vocabulary)
+        except ValueError as error:
+            if name_or_path not in PROTOCOLS:
+                raise ValueError(f"`hold_out`: {error}") from None
+            raise ValueError(
+                f"{_HOLD_OUT}, got {name_or_path!r}, which does not fit the {len(vocabulary)} labels of `data`"
+                f" ({', '.join(vocabulary.names[:3])}{', ...' if len(vocabulary) > 3 else ''}); take {COMBINATIONS}."
+            ) from None
 
     def _without(self, hold_out: Protocol | None, indices: np.ndarray) -> np.ndarray:
         """Leaves out the images that show all labels of one of the sets."""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -103,3 +104,12 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
         return finished
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Puts signal handlers back that a script's `main` has set: worker processes of later tests would inherit them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ from PIL import Image
 
 from iclevr_diffusion import (
     ICLEVR_LABELS,
+    ConditionalDDPMPipeline,
     CycleGANGenerator,
     CycleGANPipeline,
     LabelVocabulary,
@@ -102,6 +104,41 @@ def test_a_sampled_image_says_how_it_was_drawn(run_sample, pipeline_folder):
         "scheduler": "DDPMScheduler",
     }
     assert json.loads(Image.open(out / "grid.png").text["labels"]) == [["red cube", "blue sphere"], ["gray cylinder"]]
+
+
+@pytest.fixture
+def guide_folder(tiny_pipeline, tmp_path):
+    """The pipeline of a run that trained a weaker network."""
+    guide = copy.deepcopy(tiny_pipeline.unet)
+    with torch.no_grad():
+        for weight in guide.parameters():
+            weight.add_(0.05)
+    pipeline = ConditionalDDPMPipeline(guide, tiny_pipeline.scheduler, ICLEVR_LABELS.names)
+    pipeline.save_pretrained(tmp_path / "weak" / "pipeline")
+    (tmp_path / "weak" / "config.yaml").write_text("judge: runs/small\n")
+    return tmp_path / "weak" / "pipeline"
+
+
+def test_sample_leads_away_from_a_guide_and_writes_it_down(run_sample, guide_folder, tmp_path):
+    plain = run_sample("red cube", "--guidance_scale", "2.5", out=tmp_path / "plain")
+    led_away = run_sample("red cube", "--guidance_scale", "2.5", "--guide", str(guide_folder))
+    assert (pixels(plain / "0000_red-cube.png") != pixels(led_away / "0000_red-cube.png")).any()
+    assert Image.open(led_away / "0000_red-cube.png").text["guide"] == str(guide_folder)
+    assert "guide" not in Image.open(plain / "0000_red-cube.png").text
+    with pytest.raises(SystemExit, match="iclevr-sample: `guide`: "):
+        run_sample("red cube", "--guide", str(tmp_path / "nowhere"))
+
+
+def test_evaluate_knows_which_judge_had_a_part_in_a_guide(run_evaluate, guide_folder, tmp_path):
+    (tmp_path / "one.json").write_text('[["red cube"]]')
+    arguments = ["--protocols", tmp_path / "one.json", "--seeds", "1", "--guidance_scale", "2.5"]
+    with pytest.raises(SystemExit, match="`judges` must hold one that had no part in the training, got \\['small'\\]"):
+        run_evaluate(*arguments, "--guide", guide_folder)
+    (guide_folder.parent / "config.yaml").write_text("judge: runs/other\n")
+    led_away = run_evaluate(*arguments, "--guide", guide_folder)
+    plain = run_evaluate(*arguments, out=tmp_path / "plain")
+    assert led_away["pipeline"]["num_parameters"] == 2 * plain["pipeline"]["num_parameters"]
+    assert led_away["pipeline"]["weights_sha256"] != plain["pipeline"]["weights_sha256"]
 
 
 def test_sample_takes_composed_conditions_as_text_and_writes_it_down(run_sample, tmp_path):
@@ -257,7 +294,7 @@ def test_the_shipped_model_picks_the_best_of_its_own_images(tmp_path, monkeypatc
     monkeypatch.delenv("ICLEVR_ROOT", raising=False)
     (tmp_path / "few.json").write_text('[["red cube"], ["blue sphere", "gray cylinder"]]')
     options = ["--seeds", "2", "--best_of", "2", "--num_inference_steps", "2", "--micro_batch_size", "2"]
-    judge = ["--judges", "judge-small", "--device", "cpu"]
+    judge = ["--judges", "judge-small", "--device", "cpu", "--pipeline", "conditional-ddpm-tiny-rendered"]
     evaluate.main([*judge, *options, "--protocols", str(tmp_path / "few.json"), "--out", str(tmp_path / "scores")])
     results = json.loads((tmp_path / "scores" / "results.json").read_text())
     best = results["protocols"]["few"]["judges"]["judge-small"]["best_of"]
@@ -343,6 +380,7 @@ def test_judges_are_named_by_their_run_their_file_or_their_folder():
 
 def test_a_pipeline_is_named_by_its_folder_or_by_the_run_it_comes_from():
     named = {None: hub.DEFAULT_PIPELINE, "runs/a/pipeline": "a", "runs/a/best_pipeline/": "a", "me/model": "model"}
+    named |= {"runs/a/pipeline-0.05": "a-0.05", "runs/pipeline-of-mine": "pipeline-of-mine"}
     assert {source: evaluate.pipeline_name(source) for source in named} == named
 
 
@@ -380,7 +418,7 @@ def test_help_says_which_pipeline_is_the_default(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         command.main(["--help"])
-    assert "conditional-ddpm-tiny-rendered" in capsys.readouterr().out
+    assert "conditional-ddpm-tiny-rendered-4-steps" in capsys.readouterr().out
 
 
 def test_a_pipeline_that_maps_images_draws_no_prompts(tmp_path):

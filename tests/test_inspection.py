@@ -9,7 +9,7 @@ from PIL import Image
 
 from iclevr_diffusion.data import SPLITS, open_source
 from iclevr_diffusion.inspect_data import main
-from iclevr_diffusion.inspection import format_inspection, inspect_images, make_sheet
+from iclevr_diffusion.inspection import _near_pairs, format_inspection, inspect_images, make_sheet
 
 
 def write_set(folder: Path, rows: list[dict], size: tuple[int, int] = (16, 16)) -> Path:
@@ -99,6 +99,14 @@ def test_near_duplicates_differ_by_less_than_a_value_on_average(photos):
     assert inspect(photos)["near_duplicates"] == [["0.png", "3.png"]]
 
 
+def test_where_all_images_are_nearly_the_same_each_is_named_once(photos):
+    assert _near_pairs([]) == []
+    thumbnails = np.random.default_rng(0).integers(100, 102, (1200, 768), dtype=np.uint8)
+    assert _near_pairs(list(thumbnails)) == [(0, i) for i in range(1, 1200)]
+    thumbnails[0], thumbnails[700:] = 0, thumbnails[700:] + 50
+    assert _near_pairs(list(thumbnails)) == [(1, i) for i in range(2, 700)] + [(700, i) for i in range(701, 1200)]
+
+
 def test_a_large_set_is_not_compared_each_with_each(photos, monkeypatch):
     monkeypatch.setattr("iclevr_diffusion.inspection.MAX_COMPARED", 11)
     assert any("Near duplicates were not looked for" in warning for warning in inspect(photos)["warnings"])
@@ -113,6 +121,85 @@ def test_it_warns_of_what_nobody_meant(tmp_path):
     assert "'Cat', 'cat'" in warnings and "'red, round', 'salt AND pepper'" in warnings
     assert "Image files that no row names: 1 (forgotten.jpg)" in warnings
     assert "fewer than 20 training images: Cat, cat" in warnings
+
+
+def test_wrong_rows_are_listed_beside_broken_images(photos, capsys):
+    lines = (photos / "metadata.jsonl").read_text().split("\n")
+    rows = [{"file_name": "0.png", "labels": ["b"], "split": "train"}, {"file_name": "1.png", "split": "train"}]
+    (photos / "metadata.jsonl").write_text("\n".join([*lines, *map(json.dumps, rows)]))
+    (photos / "3.png").write_bytes(b"rubbish")
+    with pytest.raises(SystemExit) as end:
+        main([str(photos)])
+    assert end.value.code == 1
+    printed = capsys.readouterr().out
+    refusals = printed[printed.index("Refusals:") :]
+    assert (
+        "Faults of rows, which are left out of all the counts here: 3" in refusals and "cannot be read: 1" in refusals
+    )
+    for fault in ("line 13: `0.png` is named already", "line 14: `1.png`", "line 14, '1.png': expected labels"):
+        assert fault in refusals
+    assert "12 images: " in printed and "Nothing here" not in printed
+
+
+def test_where_no_image_can_be_read_the_report_is_short_and_true(tmp_path, capsys):
+    rows = [{"file_name": f"images/{i}.png", "labels": ["ab"[i % 2]]} for i in range(40)]
+    real = tmp_path / "elsewhere" / "images"
+    real.mkdir(parents=True)
+    write_set(tmp_path / "set", [])
+    for row in rows:
+        Image.new("RGB", (4, 4)).save(real.parent / row["file_name"])
+    (tmp_path / "set" / "images").symlink_to(real)
+    (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "set"), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert printed.count("links to a place outside") == 10 and "and 30 more, in inspection.json" in printed
+    for untrue in ("Sizes:", "Files:", "channel"):
+        assert untrue not in printed
+    assert len(json.loads((tmp_path / "out" / "inspection.json").read_text())["broken"]) == 40
+
+
+def test_ten_faults_of_each_kind_are_shown(photos):
+    for i in range(12):
+        (photos / f"{i}.png").write_bytes(b"rubbish")
+    (photos / "11.png").unlink()
+    report = format_inspection(inspect(photos))
+    assert report.count("not a readable") == 10 and "and 1 more, in" in report and "there is no file" in report
+
+
+@pytest.mark.parametrize(
+    ("cells", "separator", "expected"),
+    [
+        (["red;blue", "red", "blue"], None, ";"),
+        (["red|blue", "red| big", "big |blue"], None, "|"),
+        (["red/blue", "red", "blue"], None, "/"),
+        (["red,blue", "red", "blue"], ";", ","),
+        (["red,blue", "and/or", "blue; x"], None, None),
+        ([["red;blue"], ["red"], ["blue"]], None, None),
+    ],
+)
+def test_labels_made_of_others_tell_what_separates_them(tmp_path, cells, separator, expected):
+    write_set(tmp_path / "set", [{"file_name": f"{i}.png", "labels": cell} for i, cell in enumerate(cells)])
+    settings = "images: set\n" + ("" if separator is None else f"label_separator: '{separator}'\n")
+    (tmp_path / "set.yaml").write_text(settings)
+    warnings = "\n".join(inspect(tmp_path / "set.yaml")["warnings"])
+    assert ("did you mean label_separator" in warnings) == (expected is not None)
+    assert expected is None or f'did you mean label_separator: "{expected}"?' in warnings
+
+
+def test_an_image_without_labels_is_named_with_its_line(photos):
+    warnings = inspect(photos)["warnings"]
+    assert any(f"without a label: 1\n  `{photos}/metadata.jsonl`, line 12, '11.png'" in line for line in warnings)
+
+
+def test_it_warns_of_labels_that_a_split_lacks_and_of_captions(photos):
+    warnings = "\n".join(inspect(photos)["warnings"])
+    assert "Labels without a held-out image, on which a judge cannot be tested: b." in warnings
+    assert "Labels without a validation image" not in warnings and "occur once" not in warnings
+    rows = [{"file_name": f"{i}.png", "labels": f"a photo of thing {i}"} for i in range(12)]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    warnings = "\n".join(inspect(photos)["warnings"])
+    assert "Labels that occur once: 12 of 12 ('a photo of thing 0', " in warnings and "`label_column`" in warnings
 
 
 def test_a_set_without_a_training_image_is_refused(tmp_path, capsys):

@@ -652,6 +652,15 @@ def test_systems_that_share_no_protocol_are_refused():
         board_of(make_results("a", protocols=["test"]), make_results("b", protocols=["all", "crowded"]))
 
 
+def test_why_protocols_of_one_name_do_not_count_is_said():
+    results = [make_results(name, protocols=("seen", "matched")) for name in "ab"]
+    changed(results[0], "protocols", "seen", "sha256", to="0" * 64)
+    changed(results[1], "protocols", "matched", "quick", to=True)
+    expected = "share none: .* Of what all have drawn, seen asks each for other label sets; matched ranks only where `--protocols` asks for it and was drawn too few times"
+    with pytest.raises(ValueError, match=expected):
+        board_of(*results)
+
+
 def test_a_protocol_that_a_system_lacks_is_refused():
     with pytest.raises(ValueError, match="b/results.json lacks all: it has test, new_test"):
         board_of(make_results("a", protocols=["test", "all"]), make_results("b"), protocols=["test", "all"])

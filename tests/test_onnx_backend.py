@@ -319,12 +319,14 @@ def test_the_benchmark_measures_what_runs_and_says_what_does_not_and_goes_on_aft
 
 # Other networks
 
+TWO_HEADS = {"block_out_channels": (8, 16), "attention_levels": (1,), "attention_head_dim": 8}
+
 
 @pytest.mark.parametrize(
     ("changes", "scheduler"),
     [
         ({"prediction_type": "edm"}, EDMDPMSolverMultistepScheduler(sigma_data=1.0)),
-        ({"label_encoding": "tokens"}, FlowMatchEulerDiscreteScheduler(shift=4.0)),
+        ({"label_encoding": "tokens"} | TWO_HEADS, FlowMatchEulerDiscreteScheduler(shift=4.0)),
     ],
     ids=["preconditioned", "of tokens"],
 )
@@ -343,3 +345,7 @@ def test_a_guide_is_refused_as_a_graph_holds_one_network(pipeline, needs_runtime
     guided = ConditionalDDPMPipeline(pipeline.unet, pipeline.scheduler, NAMES, guide=make_pipeline().unet)
     with pytest.raises(ValueError, match='`backend` must be "torch" for a pipeline with a `guide`, got "onnx"'):
         OnnxDDPMPipeline.from_torch(guided)
+    opened = OnnxDDPMPipeline.from_torch(pipeline)
+    opened.guide = make_pipeline().unet
+    with pytest.raises(ValueError, match='`backend` must be "torch" for a pipeline with a `guide`, got "onnx"'):
+        draw(opened)

@@ -201,6 +201,65 @@ def test_all_wrong_lines_are_named_at_once_the_first_ten_at_length(photos):
     assert [f"line {i}," in message for i in (1, 10, 11)] == [True, True, False] and "and 2 more" in message
 
 
+def write_csv(folder: Path, content: str) -> None:
+    (folder / "metadata.jsonl").unlink(missing_ok=True)
+    (folder / "metadata.csv").write_text(content, encoding="utf-8")
+
+
+def test_faults_of_all_kinds_are_named_at_once_in_the_order_of_the_lines(photos, tmp_path):
+    write_csv(
+        photos,
+        "file_name,labels,split\n0.png,red,train\n1.jpg,grue; red,train\n2.webp,red\n0.png,blue,train\n../3.png,red,train\n"
+        '4.jpg,"red,red,",train\n5.webp,"red,red,grue",trian\n3.png,blue,train\n',
+    )
+    (tmp_path / "labels.json").write_text('["red", "blue"]')
+    (tmp_path / "set.yaml").write_text("images: photos\nvocabulary: labels.json\n")
+    lines = refusal(tmp_path / "set.yaml").split("\n")
+    expected = [
+        (3, "Unknown label 'grue; red'"),
+        (4, "expected 3 cells"),
+        (5, "is named already in"),
+        (6, "expected the path of an image inside"),
+        (7, "an empty label; remove the last ','."),
+        (8, "expected a split"),
+        (8, "expected each label once"),
+        (8, "Unknown label 'grue'"),
+    ]
+    assert len(lines) == len(expected)
+    for line, (number, fault) in zip(lines, expected, strict=True):
+        assert f"metadata.csv`, line {number}" in line and fault in line
+    source = open_source(tmp_path / "set.yaml", skip_faults=True)
+    assert source.file_names == ["0.png", "3.png"] and label_sets(source) == [["red"], ["blue"]]
+    assert source.faults == lines and source.read_image("3.png", 4).size == (4, 4)
+    with pytest.raises(ValueError, match="line 3"):
+        source.fingerprint(8)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_cells_may_be_separated_by_what_the_header_tells(photos, delimiter):
+    rows = [["file_name", "tags"], ["0.png", "red,big"], ["1.jpg", "blue"]]
+    write_csv(photos, "\n".join(map(delimiter.join, rows)))
+    source = open_source(photos)
+    assert label_sets(source) == [["big", "red"], ["blue"]]
+    assert f"cells separated by {delimiter!r}" in source.describe()
+    write_csv(photos, "\n".join(map(delimiter.join, [*rows, ["2.webp", "a", "b"]])))
+    assert f"got 3; put quotes around a cell that holds {delimiter!r}" in refusal(photos)
+
+
+def test_an_empty_label_is_called_so_with_the_separator_to_remove(photos, tmp_path):
+    (tmp_path / "set.yaml").write_text('images: photos\nlabel_separator: ";"\n')
+    write_lines(photos, rows_of(["red; big;", "red;;big", "red", ""]))
+    first, second = refusal(tmp_path / "set.yaml").split("\n")
+    assert "line 1" in first and "got 'red; big;' with an empty label; remove the last ';'." in first
+    assert "line 2" in second and "remove each superfluous ';'." in second
+
+
+def test_an_unknown_label_made_of_known_ones_tells_their_separator(photos):
+    write_lines(photos, rows_of(["red|blue"]))
+    with pytest.raises(ValueError, match=r'Unknown label .*label_separator: "\|"'):
+        open_source(photos, LabelVocabulary(["red", "blue"]))
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -235,7 +294,7 @@ def test_missing_files_are_named_all_at_once_with_their_lines(photos, open_own):
 def test_a_link_that_leaves_the_folder_is_refused(photos, open_own):
     (photos / NAMES[0]).rename(photos.parent / "outside.png")
     os.symlink(photos.parent / "outside.png", photos / NAMES[0])
-    with pytest.raises(ValueError, match=r"line 1: .*outside of"):
+    with pytest.raises(ValueError, match=r"line 1: .*outside of.*put the table beside the real folder"):
         open_own(photos)
 
 
@@ -463,6 +522,75 @@ def test_folders_of_splits_are_read_as_such(tmp_path, open_own):
         "validation": ["validation/0.png"],
         "held-out": ["test/0.png"],
     }
+
+
+def test_parquet_files_in_folders_of_splits_are_read_as_such(parquet, open_own):
+    for part, split in enumerate(("train", "test")):
+        (parquet / "default" / split).mkdir(parents=True)
+        (parquet / f"part-{part}.parquet").rename(parquet / "default" / split / "0000.parquet")  # as the Hub converts
+    store = open_own(parquet)
+    assert store.indices("held-out").tolist() == [0, 1, 2] and len(store.file_names) == 6  # `test` comes first
+    (parquet / "default" / "test").rename(parquet / "default" / "others")
+    assert "splits by chance" in open_source(parquet).describe()
+
+
+def test_a_set_of_the_hub_opens_no_file_that_it_names_itself(tmp_path):
+    (tmp_path / "private.png").write_bytes(png())
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    kind = features.arrow_schema.field("image").type
+    cells = pa.array([{"bytes": None, "path": str(tmp_path / "private.png")}], kind)
+    (tmp_path / "set").mkdir()
+    table = pa.table({"image": cells, "label": ["a"]}).replace_schema_metadata(features.arrow_schema.metadata)
+    pq.write_table(table, tmp_path / "set" / "train.parquet")
+    source = open_source(f"hub:{tmp_path / 'set'}")
+    with pytest.raises(ValueError, match="split train, row 1: expected the bytes of an image, got none"):
+        source.read_image(source.file_names[0], 8)
+
+
+def test_columns_that_nobody_asks_for_may_be_of_any_type(parquet):
+    for path in parquet.iterdir():
+        table = pq.read_table(path)
+        pairs = pa.array([[("k", 1)]] * len(table), pa.map_(pa.string(), pa.int64()))
+        pq.write_table(table.append_column("pairs", pairs), path)
+    assert label_sets(open_source(parquet)) == [sorted(labels) for labels in LABELS]
+
+
+def test_a_table_is_read_whatever_lies_beside_it(photos):
+    (photos / "train.json").write_text("{}")
+    (photos / "iclevr").mkdir()
+    assert label_sets(open_source(photos)) == [sorted(labels) for labels in LABELS]
+
+
+def test_a_name_that_no_file_can_have_is_refused_with_its_line(photos):
+    write_lines(photos, rows_of(LABELS, names=["\ud800.png", *NAMES[1:]]))
+    assert "line 1" in refusal(photos)
+
+
+def test_blank_lines_before_the_header_are_skipped(photos):
+    (photos / "metadata.jsonl").unlink()
+    (photos / "metadata.csv").write_text(f"\n\nfile_name,labels\n{NAMES[0]},red\n")
+    assert label_sets(open_source(photos)) == [["red"]]
+    (photos / "metadata.csv").write_text("\nfile_name,file_name\n")
+    assert "metadata.csv`, line 2 must name each column" in refusal(photos)
+
+
+def test_a_scene_has_the_same_number_in_every_kind_of_table(photos):
+    rows = zip(rows_of(LABELS), [7, "007", -3, "a"], strict=False)
+    write_lines(photos, [row | {"scene": cell} for row, cell in rows])
+    first = open_source(photos).scenes
+    (photos / "metadata.jsonl").unlink()
+    lines = [f"{name},a,{cell}\n" for name, cell in zip(NAMES, ["7", "007", "-3", "a"], strict=False)]
+    (photos / "metadata.csv").write_text("".join(["file_name,labels,scene\n", *lines]))
+    assert open_source(photos).scenes.tolist() == first.tolist() and first[0] == 7 != first[1] and first[2] == -3
+
+
+def test_files_of_one_name_but_for_the_suffix_can_be_told_apart(photos):
+    rows = [row | {"split": split} for row, split in zip(rows_of([["a"]] * 2), ("train", "test"), strict=False)]
+    rows[1]["file_name"] = NAMES[0].replace("png", "jpg")
+    write_lines(photos, rows)
+    assert "line 2" in (message := refusal(photos)) and "a column `scene` with another value for each" in message
+    write_lines(photos, [row | {"scene": i} for i, row in enumerate(rows)])
+    assert len(set(open_source(photos).scenes.tolist())) == 2
 
 
 def test_images_of_one_scene_stay_together(tmp_path):

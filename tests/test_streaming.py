@@ -233,6 +233,12 @@ def test_statistics_of_many_images_are_measured_once(folder, tmp_path, monkeypat
     assert images.statistics(np.arange(55))[1] == others[1]  # of other images they are others
     assert images.statistics(np.arange(49)) is others and len(list((tmp_path / "cache").glob("*.npz"))) == 2
 
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(image_set_module, "FileLock", refuse)  # as in a cache that is read-only
+    assert images.statistics(indices)[1] == std and images.statistics(np.arange(51)) is others
+
 
 def test_writing_into_the_labels_of_a_store_leaves_its_file_as_it_is(store):
     before = store.path.read_bytes()
@@ -265,6 +271,17 @@ def test_copies_of_parquet_files_are_the_same_set_and_others_are_not(folder, str
     table = parquet.read_table(copy / "part-1.parquet")
     parquet.write_table(table.slice(0, 59), copy / "part-1.parquet", row_group_size=7)
     assert StreamedImages(open_source(copy), 8).sha256 != streamed.sha256
+
+
+def test_another_column_of_images_is_another_set(folder, tmp_path):
+    images = [{"bytes": png(np.full((8, 8, 3), value, dtype=np.uint8)), "path": None} for value in (1, 2)]
+    table = pyarrow.table({"image": images, "mask": images[::-1], "labels": [["a"], ["b"]]})
+    (tmp_path / "set").mkdir()
+    parquet.write_table(table, tmp_path / "set" / "a.parquet")
+    (tmp_path / "mask.yaml").write_text("images: set\nimage_column: mask\n")
+    first, second = (StreamedImages(open_source(tmp_path / source), 8) for source in ("set", "mask.yaml"))
+    assert first.pixel_values[0].max() == 1 and second.pixel_values[0].max() == 2
+    assert first.sha256 != second.sha256
 
 
 def hashes(folder):

@@ -26,7 +26,7 @@ from iclevr_diffusion.hub import training_facts
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
 from iclevr_diffusion.rendering import render_dataset
-from iclevr_diffusion.training import TrainingRun
+from iclevr_diffusion.training import TrainingRun, run_script
 from iclevr_diffusion.training_data import TrainingData
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "train_scripts"
@@ -319,8 +319,12 @@ def test_a_resumed_run_must_hold_out_the_same_sets_wherever_their_file_lies(trai
 
 
 def test_a_hold_out_that_is_none_or_leaves_nothing_is_refused(train, tmp_path):
-    with pytest.raises(FileNotFoundError, match="`hold_out`: A protocol must be one of .* there is no file nothing"):
-        train(tmp_path / "run", hold_out="nothing")
+    for misspelt, hint in {"nothing": "and there is no file", "combination": "did you mean combinations"}.items():
+        with pytest.raises(
+            FileNotFoundError, match=f"`hold_out` must be combinations .*got '{misspelt}'.*{hint}"
+        ) as fault:
+            train(tmp_path / "run", hold_out=misspelt)
+        assert "unseen" not in str(fault.value)
     with pytest.raises(ValueError, match="`hold_out`: .*Unknown label 'red cub'; did you mean 'red cube'"):
         train(tmp_path / "run", hold_out=write_sets(tmp_path, [["red cub"]]))
     singles = [[name] for name in ICLEVR_LABELS]
@@ -578,3 +582,32 @@ def test_a_compiled_network_trains_the_same_model(train, tmp_path, monkeypatch):
     assert compiled.keys() == plain.keys()
     for name, weight in plain.items():
         assert (compiled[name] - weight).abs().mean() < 1e-5  # a step of the optimizer moves weights by 6e-4
+
+
+def test_a_script_tells_what_is_wrong_with_its_input_in_one_line_and_shows_faults_of_its_own(monkeypatch, capfd):
+    def refuse(config):
+        raise ValueError(f"`data` must be images, got {config.output_dir}.")
+
+    monkeypatch.setattr(sys, "argv", ["train_ddpm.py", "--output_dir", "nothing"])
+    monkeypatch.setattr(TrainingRun, "has_begun", False)
+    with pytest.raises(SystemExit) as end:
+        run_script(refuse, TrainConfig)
+    assert end.value.code == 2
+    assert capfd.readouterr().err == "train_ddpm.py: error: `data` must be images, got nothing.\n"
+    monkeypatch.setattr(TrainingRun, "has_begun", True)
+    with pytest.raises(ValueError, match="must be images"):
+        run_script(refuse, TrainConfig)
+
+
+def test_a_script_whose_data_are_missing_ends_without_a_traceback(tmp_path):
+    command = [
+        sys.executable,
+        str(SCRIPTS / "train_ddpm.py"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--data",
+        "nothing",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("train_ddpm.py: error: `data`")

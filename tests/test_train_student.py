@@ -141,6 +141,20 @@ def test_another_teacher_is_refused_when_a_run_goes_on(train, teacher):
         train(max_steps=3, lr_schedule="constant")
 
 
+def test_another_guide_of_the_teacher_is_refused_when_a_run_goes_on(train, teacher):
+    pipeline, guide = (load_pipeline(teacher / "pipeline") for _ in range(2))
+    guided = ConditionalDDPMPipeline(
+        *(pipeline.unet, pipeline.scheduler, list(ICLEVR_LABELS.names), 20, 2.0), guide=guide.unet
+    )
+    guided.save_pretrained(teacher / "pipeline")
+    train(lr_schedule="constant")
+    with torch.no_grad():
+        guide.unet.class_embedding.weight.add_(1)
+    guide.unet.save_pretrained(teacher / "pipeline" / "guide")
+    with pytest.raises(ValueError, match="`teacher` must be "):
+        train(max_steps=3, lr_schedule="constant")
+
+
 def test_a_teacher_that_was_moved_is_known_again_when_a_run_goes_on(train, teacher):
     train(lr_schedule="constant")
     moved = teacher.rename(teacher.parent / "moved")

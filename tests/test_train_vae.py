@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from iclevr_diffusion import load_pipeline
+from iclevr_diffusion.config import parse_config
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "train_scripts"
 SPEC = importlib.util.spec_from_file_location("train_vae", SCRIPTS / "train_vae.py")
@@ -132,6 +133,6 @@ def test_a_decay_of_one_is_refused(train):
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("recipes/vae_*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_are_configurations(path):
-    config = train_vae.parse_config(train_vae.VAEConfig, ["--config", str(path)])
+    config = parse_config(train_vae.VAEConfig, ["--config", str(path)])
     assert config.output_dir == f"outputs/{path.stem}"
     assert "Hardware:" in path.read_text() and set(yaml.safe_load(path.read_text())) <= set(vars(config))

@@ -170,7 +170,10 @@ def test_a_signal_finishes_the_step_saves_and_leaves_with_the_shells_code(tmp_pa
     assert exit_info.value.code == code
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
     assert signal.getsignal(number) is before
-    assert "Stopped after step 3 of 6" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert (
+        "Stopped after step 3 of 6" in said and "saving after this step or the next" in said and "step 2" not in said
+    )
 
 
 class DeadStream:
@@ -466,7 +469,10 @@ def test_a_recipe_without_a_checkpoint_yet_may_be_changed(tmp_path):
 
 def test_other_data_than_those_of_the_checkpoint_are_refused(tmp_path):
     train(make_config(tmp_path, lr_schedule="constant"), pinned={"data": "abc"})
-    with pytest.raises(ValueError, match="`data` must be 'abc' to go on from .*step-00000006, got 'xyz'"):
+    with pytest.raises(
+        ValueError,
+        match="`data` must be what the first 6 steps saw, to go on from .*step-00000006: its images or labels are others",
+    ):
         train(make_config(tmp_path, lr_schedule="constant", max_steps=8), pinned={"data": "xyz"})
 
 
@@ -602,11 +608,12 @@ def test_a_loader_is_not_prepared(tmp_path):
         TrainingRun(make_config(tmp_path)).prepare(Loader())
 
 
-def test_the_best_pipeline_is_kept_and_a_worse_one_is_not(tmp_path, tiny_pipeline):
+def test_the_best_pipeline_is_kept_and_a_worse_one_is_not(tmp_path, tiny_pipeline, capfd):
     run = TrainingRun(make_config(tmp_path))
-    for run.step, score in enumerate([0.4, 0.6, 0.5], start=1):
+    for run.step, score in enumerate([1 / 3, 0.6, 0.5], start=1):
         tiny_pipeline.unet.data_mean.fill_(run.step)
         run.keep_best(score, tiny_pipeline)
+    assert "Step 2: validation score 0.6000, best before 0.3333." in capfd.readouterr().err
     best = type(tiny_pipeline).from_pretrained(tmp_path / "best_pipeline")
     assert (best.unet.data_mean == 2).all()
     assert json.loads((tmp_path / "best_pipeline.json").read_text()) == {"step": 2, "score": 0.6, "measure": {}}
@@ -650,6 +657,14 @@ def test_weights_of_another_shape_label_order_or_target_are_refused(tmp_path, ti
         load_weights(make(**{**config, "prediction_type": "flow"}), tmp_path)
     with pytest.raises(ValueError, match=r"1 tensors differ: null_embedding \(32,\) there, None here"):
         load_weights(make(**{**config, "null_condition": False}), tmp_path)
+    there, here = config["block_out_channels"], (16, 64)
+    expected = (
+        rf"configuration has block_out_channels: \[{there[0]}, .*\] there, \[16, 64\] here, and \d+ tensors differ: "
+    )
+    with pytest.raises(ValueError, match=expected):
+        load_weights(make(**{**config, "block_out_channels": here}), tmp_path)
+    with pytest.raises(ValueError, match="its configuration has .*label_encoding: .linear. there, .tokens. here, and"):
+        load_weights(make(**{**config, "label_encoding": "tokens", "attention_levels": (1,)}), tmp_path)
     with pytest.raises(ValueError, match="as many channels as the data's, 1, got one for 3"):
         load_weights(make(**{**config, "in_channels": 1}), tmp_path)
     with pytest.raises(ValueError, match="which has no config.json"):

@@ -189,6 +189,23 @@ def test_a_judge_mirrors_where_the_labels_are_those_of_i_clevr_or_it_is_told_to(
     assert mirrored == [False, True]
 
 
+def test_a_judge_reads_its_images_in_threads_and_shows_rare_labels_more_often(tmp_path):
+    images = write_images(tmp_path / "images", "L")
+    fields = {"data": (str(images),), "resolution": 16, "max_steps": 2, "batch_size": 8}
+
+    def weights(name, **more):
+        judge = load_judge(train("train_classifier", output_dir=tmp_path / name, **fields, **more) / "judge")
+        return judge.classifier.weight
+
+    resident = weights("resident")
+    assert torch.equal(weights("read", resident=False, num_workers=2), resident)
+    repeated = weights("repeated", repeat_threshold=0.9)
+    assert not torch.equal(repeated, resident)
+    assert torch.equal(weights("repeated and read", repeat_threshold=0.9, resident=False, num_workers=0), repeated)
+    with pytest.raises(ValueError, match=r"`repeat_threshold` must lie in \(0, 1\]"):
+        train("train_classifier", output_dir=tmp_path / "wrong", repeat_threshold=2.0, **fields)
+
+
 @pytest.mark.parametrize(
     ("script", "size", "message"),
     [
@@ -201,6 +218,26 @@ def test_a_size_that_a_network_cannot_have_is_refused_before_anything_is_read(tm
     with pytest.raises(ValueError, match=message):
         train(script, data=tmp_path / "nothing", output_dir=tmp_path / "run", resolution=size)
     assert not list(tmp_path.iterdir())
+
+
+def test_i_clevrs_sets_cannot_be_held_out_of_other_labels(tmp_path):
+    images = write_images(tmp_path / "images", "RGB")
+    expected = r"`hold_out` must be combinations .*, got 'held-out', which does not fit the 3 labels of `data` \(bright, dark, top\); take combinations"
+    with pytest.raises(ValueError, match=expected) as fault:
+        train("train_ddpm", data=images, output_dir=tmp_path / "run", resolution=16, hold_out="held-out")
+    assert "seen" not in str(fault.value)
+
+
+def test_a_judge_tells_its_scores_in_a_short_line_and_logs_all_of_them(tmp_path, capsys):
+    fields = {"resolution": 16, "max_steps": 7, "batch_size": 8}
+    images = write_images(tmp_path / "images", "L")
+    run = train("train_classifier", data=(str(images),), output_dir=tmp_path / "judge", **fields)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "validation images" in line]
+    assert "exact_match 0." in line and len(line) < 160 and "{" not in line
+    logged = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any(
+        {"validation_exact_match", "validation_recall", "validation_exact_match_1"} <= set(row) for row in logged
+    )
 
 
 def test_one_label_is_added_to_a_trained_model(tmp_path, capsys):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iclevr_diffusion.augmentation import augment
-from iclevr_diffusion.config import LearningRateSchedule, TrainConfig, option, parse_config
+from iclevr_diffusion.config import LearningRateSchedule, option
 from iclevr_diffusion.data import BatchLoader, ImageStore, normalize, open_store
 from iclevr_diffusion.images import save_png
 from iclevr_diffusion.judging import calibration_error, choose_threshold, draw_readings, load_judge, read_images
@@ -25,11 +25,12 @@ from iclevr_diffusion.labels import ICLEVR_LABELS
 from iclevr_diffusion.models.classifier import LabelClassifier
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.scores import exact_match, score_images
-from iclevr_diffusion.training import TrainingRun
+from iclevr_diffusion.training import TrainingRun, run_script
+from iclevr_diffusion.training_data import BatchConfig
 
 
 @dataclass(kw_only=True)
-class ClassifierConfig(TrainConfig):
+class ClassifierConfig(BatchConfig):
     """Trains a judge: a network that reads which objects an image shows."""
 
     output_dir: str = option("outputs/judge", "folder of everything that the run writes", may_change=True)
@@ -40,7 +41,6 @@ class ClassifierConfig(TrainConfig):
     model: Literal["small", "resnet18", "resnet18_half", "resnet50"] = option(
         "small", "the network; the course's evaluator is resnet18"
     )
-    resolution: int = option(64, "height and width of the images in pixels")
     flip: bool | None = option(
         None, "mirror half of the images; none does where the labels are i-CLEVR's, which a mirror leaves true"
     )
@@ -58,15 +58,21 @@ class ClassifierConfig(TrainConfig):
 
 
 class MixedBatches:
-    """Batches of several folders, each with a share of every batch as large as its share of all images."""
+    """Batches of several folders, each with a share of every batch as large as its share of all images.
+
+    With `repeat_threshold` a label is rare, or not, among the images of its folder.
+    """
 
     def __init__(self, stores: list[ImageStore], run: TrainingRun) -> None:
         splits = [store.indices("train") for store in stores]
         self.num_images = sum(map(len, splits))
         ends = np.rint(np.cumsum([0, *map(len, splits)]) * run.config.batch_size / max(1, self.num_images))
-        processes = {name: getattr(run.accelerator, name) for name in ("device", "num_processes", "process_index")}
+        settings = {name: getattr(run.accelerator, name) for name in ("device", "num_processes", "process_index")}
+        settings |= {
+            name: getattr(run.config, name) for name in ("seed", "resident", "num_workers", "repeat_threshold")
+        }
         self.loaders = [
-            BatchLoader(store, indices, int(share), seed=run.config.seed, **processes)
+            BatchLoader(store, indices, int(share), **settings)
             for store, indices, share in zip(stores, splits, np.diff(ends), strict=True)
         ]
 
@@ -130,8 +136,13 @@ def main(config: ClassifierConfig) -> None:
         # A small data set can have no validation image.
         if run.every(max(1, loader.num_images // images_per_step)) and len(validation_images):
             scores = score_images(read_images(run.unwrap(judge), validation_images).logits, validation_labels)
-            run.log(**{f"validation_{name}": scores[name] for name in ("exact_match", "top_k")})
-            run.print(f"step {run.step}, validation: {scores}")
+            by_number = {
+                f"{name}_{k}": x for k, part in scores.pop("by_num_objects").items() for name, x in part.items()
+            }
+            run.log(**{f"validation_{name}": x for name, x in {**scores, **by_number}.items() if x is not None})
+            shown = {name: scores[name] for name in ("exact_match", "top_k", "precision", "recall")}
+            listed = ", ".join(f"{name} {x:.4f}" for name, x in shown.items() if x is not None)
+            run.print(f"Step {run.step}: on {scores['num_images']:,} validation images {listed}.")
 
     judge = run.unwrap(judge)
     if len(validation_images):
@@ -164,4 +175,4 @@ def main(config: ClassifierConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(ClassifierConfig))
+    run_script(main, ClassifierConfig)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from iclevr_diffusion.config import LearningRateSchedule, option, parse_config
+from iclevr_diffusion.config import LearningRateSchedule, option
 from iclevr_diffusion.domains import UnpairedImages
 from iclevr_diffusion.ema import ExponentialMovingAverage
 from iclevr_diffusion.gan_networks import AdversarialConfig
@@ -16,7 +16,7 @@ from iclevr_diffusion.images import make_table, save_png
 from iclevr_diffusion.losses import cycle_loss, identity_loss
 from iclevr_diffusion.models.cyclegan import CycleGANDiscriminator, CycleGANGenerator, ImagePool
 from iclevr_diffusion.pipelines.pipeline_cyclegan import CycleGANPipeline
-from iclevr_diffusion.training import TrainingRun
+from iclevr_diffusion.training import TrainingRun, run_script
 from iclevr_diffusion.training_data import TrainingData
 
 
@@ -162,4 +162,4 @@ def main(config: CycleGANConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(CycleGANConfig))
+    run_script(main, CycleGANConfig)

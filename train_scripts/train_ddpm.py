@@ -10,12 +10,12 @@ import torch
 
 from iclevr_diffusion import ConditionalDDPMPipeline
 from iclevr_diffusion.augmentation import random_flip
-from iclevr_diffusion.config import LearningRateSchedule, option, parse_config
+from iclevr_diffusion.config import LearningRateSchedule, option
 from iclevr_diffusion.data import normalize
 from iclevr_diffusion.denoiser import DenoiserConfig, choose_attention, make_denoiser, make_scheduler
 from iclevr_diffusion.diffusion import add_noise, min_snr_weight, noise_levels, path_of, sample_times, training_target
 from iclevr_diffusion.ema import check_lengths, make_averages
-from iclevr_diffusion.training import TrainingRun
+from iclevr_diffusion.training import TrainingRun, run_script
 from iclevr_diffusion.training_data import TrainingData
 from iclevr_diffusion.validation import Validation
 
@@ -143,4 +143,4 @@ def main(config: DDPMConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(DDPMConfig))
+    run_script(main, DDPMConfig)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from iclevr_diffusion.augmentation import DIFF_AUGMENT_POLICIES, discriminate, random_flip
-from iclevr_diffusion.config import option, parse_config
+from iclevr_diffusion.config import option
 from iclevr_diffusion.data import normalize
 from iclevr_diffusion.ema import ExponentialMovingAverage
 from iclevr_diffusion.gan_networks import WITH_SPECTRAL_NORM, GANNetworksConfig, make_gan, refuse_ignored
@@ -22,7 +22,7 @@ from iclevr_diffusion.losses import (
     ramp_weight,
 )
 from iclevr_diffusion.pipelines.pipeline_conditional_gan import ConditionalGANPipeline
-from iclevr_diffusion.training import TrainingRun
+from iclevr_diffusion.training import TrainingRun, run_script
 from iclevr_diffusion.training_data import TrainingData
 from iclevr_diffusion.validation import Validation, open_reader
 
@@ -181,4 +181,4 @@ def main(config: GANConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(GANConfig))
+    run_script(main, GANConfig)

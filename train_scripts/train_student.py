@@ -11,7 +11,7 @@ import torch
 
 from iclevr_diffusion import ConditionalDDPMPipeline, load_pipeline
 from iclevr_diffusion.augmentation import augment
-from iclevr_diffusion.config import LearningRateSchedule, TrainConfig, option, parse_config
+from iclevr_diffusion.config import LearningRateSchedule, TrainConfig, option
 from iclevr_diffusion.denoiser import choose_attention
 from iclevr_diffusion.distillation import Prompts, Teacher, make_flow_solver, make_student
 from iclevr_diffusion.ema import ExponentialMovingAverage
@@ -19,7 +19,7 @@ from iclevr_diffusion.gan_networks import refuse_ignored
 from iclevr_diffusion.hub import training_facts
 from iclevr_diffusion.judging import weights_sha256
 from iclevr_diffusion.losses import evaluator_loss
-from iclevr_diffusion.training import TrainingRun
+from iclevr_diffusion.training import TrainingRun, run_script
 from iclevr_diffusion.validation import Validation, open_reader
 
 
@@ -27,8 +27,8 @@ from iclevr_diffusion.validation import Validation, open_reader
 class StudentConfig(TrainConfig):
     """Trains a student that draws in few steps and without guidance what a diffusion model draws in many."""
 
-    teacher: str | None = option(
-        None, "pipeline that predicts a flow's velocity; none is the model that ships", may_change=True
+    teacher: str = option(
+        "conditional-ddpm-tiny-rendered", "pipeline that predicts a flow's velocity", may_change=True
     )
     teacher_steps: int = option(20, "steps of DPM-Solver++ that the teacher takes, a multiple of the student's")
     guidance_scale: float | None = option(
@@ -102,7 +102,8 @@ def main(config: StudentConfig) -> None:
         num_processes=run.accelerator.num_processes,
         process_index=run.accelerator.process_index,
     )
-    run.pin(teacher=weights_sha256(pipeline.unet), guidance_scale=guidance_scale)
+    networks = (pipeline.unet,) if pipeline.guide is None else (pipeline.unet, pipeline.guide)
+    run.pin(teacher=weights_sha256(*networks), guidance_scale=guidance_scale)
     images = {"data": facts["data_sha256"], "split": facts["split"], "teacher_judges": facts["judges"]}
     run.describe("data.json", json.dumps(images, indent=2) + "\n")
     run.describe("conditions.json", json.dumps(facts["conditions"]) + "\n")
@@ -164,4 +165,4 @@ def main(config: StudentConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(StudentConfig))
+    run_script(main, StudentConfig)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from iclevr_diffusion.augmentation import random_flip
-from iclevr_diffusion.config import option, parse_config
+from iclevr_diffusion.config import option
 from iclevr_diffusion.data import normalize
 from iclevr_diffusion.ema import ExponentialMovingAverage
 from iclevr_diffusion.images import make_grid, save_png
 from iclevr_diffusion.losses import vae_loss
 from iclevr_diffusion.models.vae_multilabel import MultiLabelVAE, logits_to_images
 from iclevr_diffusion.pipelines.pipeline_conditional_vae import ConditionalVAEPipeline
-from iclevr_diffusion.training import TrainingRun
+from iclevr_diffusion.training import TrainingRun, run_script
 from iclevr_diffusion.training_data import DataConfig, TrainingData, check_sizes
 
 COLUMNS = 8  # of the grids
@@ -162,4 +162,4 @@ def main(config: VAEConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(VAEConfig))
+    run_script(main, VAEConfig)

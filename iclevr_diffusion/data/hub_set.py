@@ -25,6 +25,8 @@ class HubSet:
         config: Name of the set's configuration, where it has several.
     """
 
+    faults = unread = remarks = ()  # a damaged file of these is refused as a whole
+
     def __init__(self, address: str, image_column: str | None = None, config: str | None = None) -> None:
         self.name = address
         identity, _, revision = address.removeprefix(PREFIX).partition("@")
@@ -78,8 +80,11 @@ class HubSet:
     def open_file(self, row: int) -> BinaryIO:
         """Opens a row's image."""
         i = self._part_of(row)
-        cell = self._parts[i][row - self._firsts[i]][self._image_column]
-        if isinstance(cell, dict) and cell["bytes"] is None and cell["path"]:  # a set of files, not of Parquet
+        part = self._parts[i]
+        cell = part[row - self._firsts[i]][self._image_column]
+        # The paths of a set of files are those that `datasets` found; in another set anyone may have written any path.
+        is_file = part.info.builder_name == "imagefolder" and isinstance(cell, dict) and cell["bytes"] is None
+        if is_file and cell["path"]:
             return open(cell["path"], "rb")
         return io.BytesIO(image_bytes(cell, self.where(row)))
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import stat
 from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
@@ -28,7 +29,8 @@ def check_path(where: str, folder: Path, file_name: str, example: str) -> None:
     """
     # Windows rules see more: `\` and `C:` leave a folder there, `/` and `..` everywhere.
     path = PureWindowsPath(file_name)
-    if not path.name or path.anchor or ".." in path.parts or "/".join(path.parts) != file_name or "\0" in file_name:
+    is_path = path.name and not path.anchor and ".." not in path.parts and "/".join(path.parts) == file_name
+    if not is_path or re.search("[\0\ud800-\udfff]", file_name):  # lone halves of letters are in no UTF-8
         raise ValueError(f"{where}: expected the path of an image inside `{folder}`, such as {example!r}.")
 
 
@@ -44,7 +46,10 @@ def file_status(where: str, folder: Path, file_name: str) -> tuple[int, int, int
         status = os.lstat(path)
         if stat.S_ISLNK(status.st_mode) or "/" in file_name:
             if not path.resolve().is_relative_to(folder.resolve()):
-                raise ValueError(f"{where}: `{path}` links to a place outside of `{folder}`; copy the image into it.")
+                raise ValueError(
+                    f"{where}: `{path}` links to a place outside of `{folder}`; copy the images into it, or put"
+                    " the table beside the real folder of the images."
+                )
             status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         status = None

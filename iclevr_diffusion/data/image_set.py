@@ -83,16 +83,17 @@ class ImageSet:
             return self._measure(indices)
         key = hashlib.sha256(f"statistics of {self.sha256}".encode() + np.asarray(indices, dtype="<i8").tobytes())
         path = self.cache_dir / f"statistics-{key.hexdigest()[:32]}.npz"
-        try:
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
-                if not path.exists():
-                    mean, std = self._measure(indices)
-                    unfinished = path.with_suffix(".tmp.npz")
-                    np.savez(unfinished, mean=mean, std=std)
-                    os.replace(unfinished, path)
-        except PermissionError:  # a cache that others share can be read-only
-            return self._measure(indices)
+        if not path.exists():
+            try:
+                self.cache_dir.mkdir(parents=True, exist_ok=True)
+                with FileLock(path.with_suffix(".lock")):
+                    if not path.exists():
+                        mean, std = self._measure(indices)
+                        unfinished = path.with_suffix(".tmp.npz")
+                        np.savez(unfinished, mean=mean, std=std)
+                        os.replace(unfinished, path)
+            except PermissionError:  # a cache that others share can be read-only
+                return self._measure(indices)
         with np.load(path) as file:
             return file["mean"], float(file["std"])
 

@@ -1,3 +1,4 @@
+from collections.abc import Collection, Sequence
 from typing import Any, BinaryIO, Protocol
 
 
@@ -11,6 +12,9 @@ class ImageTable(Protocol):
         file_names: One distinct name an image.
         splits: The part of the set that each row's file or folder says it belongs to, such as `test`; `None` where
             they say nothing.
+        faults: Rows at fault, by row, and what is wrong with each; a row may have several.
+        unread: Rows of which nothing could be read: their cells are `None`. They are among `faults`.
+        remarks: What of how the table is read does not go without saying, for a reader.
     """
 
     name: str
@@ -18,6 +22,9 @@ class ImageTable(Protocol):
     class_names: dict[str, list[str]]
     file_names: list[str]
     splits: list[str] | None
+    faults: Sequence[tuple[int, str]]
+    unread: Collection[int]
+    remarks: Sequence[str]
 
     def where(self, row: int) -> str:
         """Names a row for messages, such as its file and line."""

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,9 @@ class MetadataFolder:
     Args:
         root: The folder.
         image_column: The column that names the image files, relative to their table.
+
+    Raises:
+        ValueError: If a table is damaged, or lacks the column; rows at fault are in `faults`.
     """
 
     def __init__(self, root: Path, image_column: str = "file_name") -> None:
@@ -36,7 +40,16 @@ class MetadataFolder:
                     f" {', '.join(table.columns)}; name the right one as `image_column` in a YAML file beside `images`."
                 )
         self._image_names = [self._tables[i].columns[image_column][j] for i, j in self._places]
-        self._check_image_names()
+        firsts = [sum(map(len, self._tables[:i])) for i in range(len(self._tables))]
+        line_faults = {
+            first + j: fault
+            for first, table in zip(firsts, self._tables, strict=True)
+            for j, fault in table.faults.items()
+        }
+        self.unread = set(line_faults)
+        self.faults = [*line_faults.items(), *self._faults_of_image_names()]
+        delimiters = dict.fromkeys(table.delimiter for table in self._tables if table.delimiter != ",")
+        self.remarks = [f"cells separated by {delimiter!r}" for delimiter in delimiters]
         self.columns = [
             name for name in dict.fromkeys(n for t in self._tables for n in t.columns) if name != image_column
         ]
@@ -46,7 +59,7 @@ class MetadataFolder:
                 raise ValueError(f"`{table.path}` must number its classes as `{self._tables[0].path}` does.")
         prefixes = [folder.relative_to(root).as_posix() for folder in self._folders]
         self.file_names = [
-            name if prefixes[i] == "." else f"{prefixes[i]}/{name}"
+            ("" if prefixes[i] == "." else f"{prefixes[i]}/") + name if isinstance(name, str) else ""
             for (i, _), name in zip(self._places, self._image_names, strict=True)
         ]
         splits = [split_named(prefix) for prefix in prefixes]
@@ -91,23 +104,22 @@ class MetadataFolder:
     def _file_status(self, row: int) -> tuple[int, int, int]:
         return file_status(self.where(row), self._folders[self._places[row][0]], self._image_names[row])
 
-    def _check_image_names(self) -> None:
-        faults, first_rows = [], {}
+    def _faults_of_image_names(self) -> Iterator[tuple[int, str]]:
+        first_rows: dict[tuple[int, str], int] = {}
         for row, name in enumerate(self._image_names):
             i = self._places[row][0]
+            if row in self.unread:
+                continue
             if not isinstance(name, str):
-                faults.append(f"{self.where(row)}: expected the name of an image file, got {name!r}.")
+                yield row, f"{self.where(row)}: expected the name of an image file, got {name!r}."
                 continue
             first = first_rows.setdefault((i, name), row)
             if first != row:
-                faults.append(
-                    f"{self.where(row)}: `{name}` is named already in {self.where(first)}; keep one of them."
-                )
+                yield row, f"{self.where(row)}: `{name}` is named already in {self.where(first)}; keep one of them."
             try:
                 check_path(f"{self.where(row)}, {name!r}", self._folders[i], name, "0001.png")
             except ValueError as error:
-                faults.append(str(error))
-        refuse_faults(faults)
+                yield row, str(error)
 
 
 def find_metadata(root: Path) -> list[Path]:

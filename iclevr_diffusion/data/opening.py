@@ -6,6 +6,7 @@ from iclevr_diffusion.data.folder import IMAGE_FOLDER, IclevrFolder
 from iclevr_diffusion.data.hub_set import PREFIX, HubSet
 from iclevr_diffusion.data.image_table import ImageTable
 from iclevr_diffusion.data.labelled_images import LabelledImages
+from iclevr_diffusion.data.metadata_file import SUFFIXES
 from iclevr_diffusion.data.metadata_folder import MetadataFolder, find_metadata
 from iclevr_diffusion.data.parquet_folder import ParquetFolder, find_parquet
 from iclevr_diffusion.data.set_settings import SetSettings
@@ -16,7 +17,9 @@ from iclevr_diffusion.labels import LabelVocabulary
 NAMED_SOURCES = {"digits": load_digits, "mnist": load_mnist}
 
 
-def open_source(source: str | Path | None, vocabulary: LabelVocabulary | None = None) -> ImageSource:
+def open_source(
+    source: str | Path | None, vocabulary: LabelVocabulary | None = None, *, skip_faults: bool = False
+) -> ImageSource:
     """Opens labelled images by where they lie; the images themselves are not read yet.
 
     Args:
@@ -28,6 +31,8 @@ def open_source(source: str | Path | None, vocabulary: LabelVocabulary | None = 
             - a YAML file that names one of the last three, and how it is read, see `SetSettings`;
             - `"digits"`, those of scikit-learn, or `"mnist"`, of the Hub (a folder of that name is `"./digits"`).
         vocabulary: Label names and their indices, by default those of the source.
+        skip_faults: Whether rows of someone's own table that are wrong are left out and noted, as `LabelledImages` does;
+            otherwise the set is refused.
 
     Raises:
         FileNotFoundError: If there is nothing in that place.
@@ -41,11 +46,13 @@ def open_source(source: str | Path | None, vocabulary: LabelVocabulary | None = 
     if Path(source).suffix in (".yaml", ".yml") and not Path(source).is_dir():
         settings = SetSettings.read(Path(source))
     if settings.images.startswith(PREFIX):
-        return LabelledImages(HubSet(settings.images, settings.image_column, settings.config), settings, vocabulary)
+        table = HubSet(settings.images, settings.image_column, settings.config)
+        return LabelledImages(table, settings, vocabulary, skip_faults=skip_faults)
     root = Path(settings.images)
     if settings.config is not None:
         raise ValueError(f"`config` must be left out for a folder, got {settings.config} for `{root}`.")
-    if (root / "train.json").exists() or (root / IMAGE_FOLDER).is_dir():
+    has_table = any((root / f"metadata{suffix}").is_file() for suffix in SUFFIXES)
+    if not has_table and ((root / "train.json").exists() or (root / IMAGE_FOLDER).is_dir()):
         given = [
             field.name for field in dataclasses.fields(settings) if getattr(settings, field.name) != field.default
         ]
@@ -54,7 +61,8 @@ def open_source(source: str | Path | None, vocabulary: LabelVocabulary | None = 
                 f"`{root}` is in i-CLEVR's layout, which has no settings, got {', '.join(given[1:])}; give the folder."
             )
         return IclevrFolder(root, vocabulary)
-    return LabelledImages(_open_table(root, settings.image_column), settings, vocabulary)
+    table = _open_table(root, settings.image_column)
+    return LabelledImages(table, settings, vocabulary, skip_faults=skip_faults)
 
 
 def _open_table(root: Path, image_column: str | None) -> ImageTable:

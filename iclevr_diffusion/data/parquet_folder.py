@@ -4,20 +4,20 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from iclevr_diffusion.data.metadata_file import find_class_names
+from iclevr_diffusion.data.metadata_file import class_names_of_schema
 from iclevr_diffusion.data.parquet_column import ParquetColumn
-from iclevr_diffusion.data.split import split_named
+from iclevr_diffusion.data.split import Split, split_named
 
 
 class ParquetFolder:
     """Parquet files that hold images beside their labels, as `datasets` writes them; an `ImageTable`.
 
     Labels are read when they are asked for; the images of a few row groups are in memory at a time, never the set. Files
-    that are all called after a part of the set, such as `train-00000-of-00002.parquet` and `test.parquet`, say so.
+    that are all called after a part of the set, or lie in folders that are, such as `train-00000-of-00002.parquet` and
+    `test/0000.parquet`, say so.
 
     Args:
         root: The folder; the files lie in it or below.
@@ -28,6 +28,8 @@ class ParquetFolder:
         paths: The files, by name.
         images: The images' column, read by the number of the row.
     """
+
+    faults = unread = remarks = ()  # a damaged file of these is refused as a whole
 
     def __init__(self, root: Path, image_column: str | None = None) -> None:
         self.name = str(root)
@@ -41,7 +43,7 @@ class ParquetFolder:
             except (pa.ArrowInvalid, OSError) as error:
                 raise ValueError(f"`{path}` is not a readable Parquet file ({error}); write it again.") from None
         names = schemas[0].names
-        class_names = [find_class_names(datasets.Features.from_arrow_schema(schema)) for schema in schemas]
+        class_names = [class_names_of_schema(schema) for schema in schemas]
         for path, schema, own_class_names in zip(self.paths, schemas, class_names, strict=True):
             if schema.names != names or own_class_names != class_names[0]:
                 raise ValueError(
@@ -64,7 +66,7 @@ class ParquetFolder:
             names = self.read_column("file_name")
             if all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names):
                 self.file_names = names
-        splits = [split_named(path.stem) for path in self.paths]
+        splits = [_split_of(stem) for stem in stems]
         self.splits = (
             None
             if None in splits
@@ -88,6 +90,11 @@ class ParquetFolder:
         """Returns name, size and time stamps of the files."""
         statuses = [(path.name, os.stat(path)) for path in self.paths]
         return [self.image_column, *((n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in statuses)]
+
+
+def _split_of(stem: str) -> Split | None:
+    """Returns the split that a file, or else the nearest of the folders it lies in, is called after, if any."""
+    return next(filter(None, map(split_named, reversed(stem.split("/")))), None)
 
 
 def find_parquet(root: Path) -> list[Path]:

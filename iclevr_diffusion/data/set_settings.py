@@ -103,5 +103,5 @@ class SetSettings:
         try:
             names = json.loads(path.read_text(encoding="utf-8"))
             return LabelVocabulary(names) if isinstance(names, list) else LabelVocabulary.from_json(path)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"`{path}`: {error}") from None

@@ -34,7 +34,7 @@ class StreamedImages(ImageSet):
         if isinstance(source, LabelledImages) and isinstance(source.table, ParquetFolder):
             column = source.table.images
             self.blocks = Blocks(column.starts, column.shuffle_size)
-            self.sha256 = source.fingerprint(resolution, files=column.footers)
+            self.sha256 = source.fingerprint(resolution, files=[column.name, *column.footers])
         else:
             self.sha256 = source.fingerprint(resolution)
 
