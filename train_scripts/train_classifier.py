@@ -96,8 +96,7 @@ def main(config: ClassifierConfig) -> None:
     for root in (*config.data, *config.evaluate_on):
         # The numbers that the first folder gives to the labels hold for all of them.
         vocabulary = stores[config.data[0]].vocabulary if stores else None
-        folder = None if root == "ICLEVR_ROOT" else root
-        stores[root] = open_store(folder, resolution=config.resolution, vocabulary=vocabulary)
+        stores[root] = open_store(root, resolution=config.resolution, vocabulary=vocabulary)
     num_channels = stores[config.data[0]].pixel_values.shape[1]
     for root, store in stores.items():
         if store.pixel_values.shape[1] != num_channels:

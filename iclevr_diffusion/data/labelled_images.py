@@ -15,7 +15,7 @@ from iclevr_diffusion.data.image_table import ImageTable
 from iclevr_diffusion.data.metadata_file import refuse_faults
 from iclevr_diffusion.data.set_settings import SetSettings
 from iclevr_diffusion.data.source import check_resolution
-from iclevr_diffusion.data.split import SPLITS, scene_in_splits, scene_of_file, split_named
+from iclevr_diffusion.data.split import SPLITS, scene_in_splits, scene_of_file, scene_of_text, split_named
 from iclevr_diffusion.labels import LabelVocabulary
 
 _SEPARATORS = (";", "|", "/", ",")  # what people write between labels
@@ -324,7 +324,7 @@ def _scene_of_cell(cell: Any) -> int:  # noqa: ANN401
     if isinstance(cell, int) and not isinstance(cell, bool) and -(2**63) <= cell < 2**63:
         return cell
     if isinstance(cell, str) and cell:
-        return -1 - (int.from_bytes(hashlib.sha256(cell.encode()).digest()[:8], "big") >> 2)
+        return scene_of_text(cell)
     raise ValueError(f"expected the scene's name or number, got {cell!r}.")
 
 

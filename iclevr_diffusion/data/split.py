@@ -27,7 +27,12 @@ def scene_of_file(file_name: str) -> int:
     match = _SCENE_PATTERN.fullmatch(PurePosixPath(file_name).stem)
     if match:
         return int(match.group(1))
-    digest = hashlib.sha256(str(PurePosixPath(file_name).with_suffix("")).encode()).digest()
+    return scene_of_text(str(PurePosixPath(file_name).with_suffix("")))
+
+
+def scene_of_text(text: str) -> int:
+    """Returns the number of a scene that has a name instead: negative, and the same for the same text."""
+    digest = hashlib.sha256(text.encode()).digest()
     return -1 - (int.from_bytes(digest[:8], "big") >> 2)  # 62 bits: fits an int64
 
 
@@ -58,5 +63,5 @@ def scene_in_splits(scene: int, splits: Collection[Split]) -> int:
 
     So images whose owner says which split they belong to need nothing but their scene's number to be found in it.
     """
-    candidates = (int.from_bytes(hashlib.sha256(f"{scene} {i}".encode()).digest()[:8], "big") for i in count())
-    return next(s for s in chain([scene], (-1 - (c >> 2) for c in candidates)) if split_of_scene(s) in splits)
+    candidates = chain([scene], (scene_of_text(f"{scene} {i}") for i in count()))
+    return next(candidate for candidate in candidates if split_of_scene(candidate) in splits)
