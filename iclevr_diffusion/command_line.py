@@ -75,7 +75,7 @@ def make_scheduler(name: str, pipeline: DiffusionPipeline) -> diffusers.Schedule
     config, overrides = pipeline.scheduler.config, {}
     accepted = inspect.signature(scheduler_class).parameters
     if "clip_sample" in accepted:
-        overrides["clip_sample"] = False  # diffusers clips by default; the network's space has no bounds
+        overrides["clip_sample"] = config.get("clip_sample", False)  # diffusers clips by default, to [-1, 1]
     if pipeline.unet.config.prediction_type == "flow" and "use_flow_sigmas" in accepted:
         # The other solvers know straight paths by these settings.
         overrides |= {

@@ -140,21 +140,32 @@ def choose_attention(unet: nn.Module, device: torch.device, mixed_precision: str
             module.set_processor(AttnProcessor())
 
 
-def make_scheduler(config: DenoiserConfig) -> SchedulerMixin:
+def make_scheduler(config: DenoiserConfig, *, bound: float = 1.0) -> SchedulerMixin:
     """Makes the scheduler that samples from the network; but for a flow or EDM, its `alphas_cumprod` train it too.
 
     EDM's noise levels are those of Karras et al. (2022), table 1, divided by their `sigma_data` of .5, as ours is 1; its
     steps are of DPM-Solver++ (Lu et al., 2022, https://arxiv.org/abs/2211.01095), which asks the network once a step.
+
+    The cosine schedule ends in noise alone, where the image that follows from a predicted noise is its error divided by
+    next to nothing (Lin et al., 2024, https://arxiv.org/abs/2305.08891, section 3.3). So sampling then begins a step
+    further in, and clips, as do *Improved Denoising Diffusion Probabilistic Models* (Nichol and Dhariwal, 2021,
+    https://arxiv.org/abs/2102.09672).
+
+    Args:
+        config: The run's configuration.
+        bound: The largest absolute value of an image in the network's space.
     """
     if config.prediction_type == "flow":
         return FlowMatchEulerDiscreteScheduler(shift=config.time_shift)
     if config.prediction_type == "edm":
         return EDMDPMSolverMultistepScheduler(sigma_min=0.004, sigma_max=160.0, sigma_data=1.0, rho=7.0)
     scheduler_class = DDPMScheduler if config.sampler == "ddpm" else DDIMScheduler
+    is_unstable = config.prediction_type == "epsilon" and config.beta_schedule == "squaredcos_cap_v2"
     return scheduler_class(
         num_train_timesteps=config.num_train_timesteps,
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction_type,
-        clip_sample=False,
-        timestep_spacing="trailing",
+        clip_sample=is_unstable,
+        clip_sample_range=bound,
+        timestep_spacing="leading" if is_unstable else "trailing",
     )

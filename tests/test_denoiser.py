@@ -49,6 +49,20 @@ def test_linear_noise_rises_evenly_over_the_steps_that_are_asked_for(sampler):
     assert scheduler.timesteps.tolist() == [399, 299, 199, 99]
 
 
+@pytest.mark.parametrize(("sampler", "num_steps"), [("ddim", 20), ("ddim", 1000), ("ddpm", 20), ("ddpm", 1000)])
+def test_noise_predicted_with_errors_on_the_cosine_schedule_still_leads_to_the_image(sampler, num_steps):
+    scheduler = make_scheduler(DenoiserConfig(prediction_type="epsilon", sampler=sampler), bound=3.0)
+    draws = torch.Generator().manual_seed(0)
+    image, sample = torch.randn(1, 1, 32, 32, generator=draws).clamp(-3, 3), torch.randn(1, 1, 32, 32, generator=draws)
+    scheduler.set_timesteps(num_steps)
+    for t in scheduler.timesteps:
+        alpha, sigma = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
+        noise = (sample - alpha * image) / sigma + 0.01 * torch.randn(image.shape, generator=draws)
+        noise = noise.clamp(-4, 4)  # a network has seen no other
+        sample = scheduler.step(noise, t, sample, generator=draws).prev_sample
+    assert (sample - image).square().mean() < 0.01
+
+
 def test_a_flows_sampling_steps_move_towards_noise_by_its_shift():
     scheduler = make_scheduler(DenoiserConfig(time_shift=3.0))
     scheduler.set_timesteps(sigmas=[1.0, 0.5])

@@ -320,12 +320,17 @@ def test_a_model_that_saw_empty_scenes_draws_them():
         ("edm", EDMEulerScheduler(sigma_data=1.0, prediction_type="v_prediction"), "prediction_type='epsilon'"),
         ("edm", DDIMScheduler(), "use EDMDPMSolverMultistepScheduler or EDMEulerScheduler with sigma_data=1"),
         ("epsilon", DDIMScheduler(clip_sample=True), "clip_sample=False"),
+        ("epsilon", DDIMScheduler(clip_sample=True, clip_sample_range=2.0), r"clip_sample_range=2.0.* or with .*=6\.5"),
         ("epsilon", DPMSolverMultistepScheduler(thresholding=True), "thresholding=False"),
     ],
 )
 def test_a_scheduler_of_another_prediction_type_is_refused_with_the_way_out(prediction_type, scheduler, message):
     with pytest.raises(ValueError, match=message):
         draw(make_pipeline(prediction_type, scheduler))
+
+
+def test_a_scheduler_may_clip_what_no_image_reaches():
+    draw(make_pipeline("epsilon", DDIMScheduler(clip_sample=True, clip_sample_range=6.5)))
 
 
 def test_label_names_must_fit_the_network():

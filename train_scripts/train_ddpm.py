@@ -94,7 +94,7 @@ def main(config: DDPMConfig) -> None:
     optimizer = torch.optim.AdamW(unet.parameters(), **settings)
     model, optimizer, lr_scheduler = run.prepare(unet, optimizer, run.lr_scheduler(optimizer))
 
-    scheduler = make_scheduler(config)
+    scheduler = make_scheduler(config, bound=unet.bound)
     path = path_of(config.prediction_type, scheduler, run.accelerator.device)
     parts = (scheduler, data.store.vocabulary.names, config.num_inference_steps, config.guidance_scale)
     pipelines = {f"pipeline{key}": ConditionalDDPMPipeline(average.model, *parts) for key, average in averages.items()}

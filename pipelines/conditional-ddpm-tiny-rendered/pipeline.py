@@ -408,9 +408,11 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
             raise ValueError(
                 f"`scheduler` must take the network's prediction type {wanted!r}, got {name} for {offered!r}; {way_out}."
             )
-        for option in ("clip_sample", "thresholding"):
-            if config.get(option) and self.unet.data_std != 1:
+        for option, reach in (("clip_sample", "clip_sample_range"), ("thresholding", "sample_max_value")):
+            # The space of a network that standardizes reaches beyond [-1, 1].
+            if config.get(option) and config.get(reach, 1.0) < 0.999 * self.unet.bound:
                 raise ValueError(
-                    f"`scheduler` must not clip, got {name} with {option}=True: this network's space is not bounded by"
-                    f" [-1, 1]; make it by {name}.from_config(pipe.scheduler.config, {option}=False)."
+                    f"`scheduler` must not clip images, got {name} with {option}=True and {reach}={config.get(reach)};"
+                    f" make it by {name}.from_config(pipe.scheduler.config, {option}=False), or with {reach}="
+                    f"{self.unet.bound:.4g}, which is what images reach in this network's space."
                 )
