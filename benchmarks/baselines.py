@@ -28,8 +28,9 @@ from typing import Any
 import yaml
 
 from iclevr_diffusion.files import write_text
-from iclevr_diffusion.hub import DEFAULT_JUDGES, export_pipeline, load_pipeline, write_card
+from iclevr_diffusion.hub import export_pipeline, write_card
 from iclevr_diffusion.leaderboard_reports import Row, load_records, make_run_record, read_rows, render_reports
+from iclevr_diffusion.loading import DEFAULT_JUDGES, load_pipeline
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS = Path(__file__).with_name("baselines.yaml")

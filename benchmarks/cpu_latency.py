@@ -33,8 +33,8 @@ from iclevr_diffusion import ConditionalDDPMPipeline, MultiLabelUNet2DModel, loa
 from iclevr_diffusion.environment import describe_environment
 from iclevr_diffusion.evaluate import pipeline_name
 from iclevr_diffusion.files import write_text
-from iclevr_diffusion.hub import DEFAULT_PIPELINE, compile_networks
 from iclevr_diffusion.judging import weights_sha256
+from iclevr_diffusion.loading import DEFAULT_PIPELINE, compile_networks
 from iclevr_diffusion.onnx_backend import OnnxDDPMPipeline
 
 SCHEMA_VERSION = 1

@@ -56,9 +56,9 @@ from iclevr_diffusion.data import open_store
 from iclevr_diffusion.environment import describe_environment
 from iclevr_diffusion.evaluate import pipeline_name
 from iclevr_diffusion.files import judge_name, write_text
-from iclevr_diffusion.hub import training_facts
 from iclevr_diffusion.images import make_table, save_png
 from iclevr_diffusion.judging import load_judge, weights_sha256
+from iclevr_diffusion.provenance import training_facts
 from iclevr_diffusion.rendering import render_dataset
 from iclevr_diffusion.scores import score_difference, top_k_hits
 

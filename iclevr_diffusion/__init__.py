@@ -3,8 +3,9 @@
 __version__ = "0.1.0"
 
 # Every component class is imported here, eagerly: diffusers loads a saved folder only if its classes already are.
-from iclevr_diffusion.hub import export_pipeline, load_pipeline, push_to_hub
+from iclevr_diffusion.hub import export_pipeline, push_to_hub
 from iclevr_diffusion.labels import ICLEVR_LABELS, LabelVocabulary, read_label_lists
+from iclevr_diffusion.loading import load_pipeline
 from iclevr_diffusion.models.cgan import CGANEmbeddingGenerator, CGANGenerator
 from iclevr_diffusion.models.classifier import LabelClassifier
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier

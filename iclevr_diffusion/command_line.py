@@ -7,7 +7,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from iclevr_diffusion.hub import BACKENDS, DEFAULT_PIPELINE, load_pipeline
+from iclevr_diffusion.loading import BACKENDS, DEFAULT_PIPELINE, load_pipeline
 
 SAMPLING_OPTIONS = ("num_inference_steps", "guidance_scale")  # flags that not every kind of pipeline has
 

@@ -14,11 +14,12 @@ from iclevr_diffusion.data import ImageStore, open_store
 from iclevr_diffusion.environment import lost_processes_note
 from iclevr_diffusion.evaluation import DEFAULT_NUM_SEEDS, Evaluator
 from iclevr_diffusion.files import judge_name, run_name
-from iclevr_diffusion.hub import DEFAULT_JUDGES, DEFAULT_PIPELINE, training_facts
 from iclevr_diffusion.inception import WEIGHTS_NAME, InceptionFeatures
 from iclevr_diffusion.judging import load_judge
 from iclevr_diffusion.labels import ICLEVR_LABELS, LabelVocabulary
+from iclevr_diffusion.loading import DEFAULT_JUDGES, DEFAULT_PIPELINE
 from iclevr_diffusion.protocols import MATCHED, PROTOCOLS, Protocol, matched_protocol, open_protocol
+from iclevr_diffusion.provenance import training_facts
 from iclevr_diffusion.scores import format_results
 
 

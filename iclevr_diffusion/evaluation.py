@@ -99,7 +99,7 @@ class Evaluator:
         pipeline_name: What the results call the pipeline.
         judges_used_in_training: Names of the judges that also taught the pipeline, whose scores are not independent;
             there must be others. The judges that `training_facts` names are among them by themselves.
-        training_facts: What the pipeline was trained on, as `iclevr_diffusion.hub.training_facts` gives it.
+        training_facts: What the pipeline was trained on, as `iclevr_diffusion.provenance.training_facts` gives it.
         inception: `InceptionFeatures`, where FID and KID are wanted beside the distances in the judges' features.
         best_of: From how many images of a condition the pipeline's own losses pick one, see `measure_lift`; the picked
             ones are scored beside all of them. The number of images of each condition must be a multiple of it.

@@ -1,6 +1,8 @@
+import json
 import os
 import re
 from pathlib import Path, PurePath
+from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
@@ -9,6 +11,30 @@ def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8", newline="\n")
     os.replace(unfinished, path)
+
+
+def parse_json(file: Path) -> Any:  # noqa: ANN401 -- any JSON
+    """Reads a JSON file that may come from a stranger.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of the JSON, its encoding or its depth
+        raise ValueError(f"{file} must be JSON: {error}.") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object, as `parse_json` does.
+
+    Raises:
+        ValueError: If the file is no JSON, or holds something else.
+    """
+    content = parse_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}.")
+    return content
 
 
 def run_name(path: str | PurePath) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from iclevr_diffusion.conversion import convert_evaluator_checkpoint
 from iclevr_diffusion.data import normalize
 from iclevr_diffusion.images import make_grid, to_image
+from iclevr_diffusion.loading import open_judge
 from iclevr_diffusion.models.classifier import LabelClassifier
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.scores import exact_match
@@ -35,8 +36,6 @@ def load_judge(path: str | Path, label_names: Sequence[str] | None = None) -> La
     Raises:
         ValueError: If there is no such judge, its weights are not those of its configuration, or it judges other labels.
     """
-    from iclevr_diffusion.hub import open_judge  # here, as the hub's module opens judges too
-
     judge = convert_evaluator_checkpoint(path) if Path(path).suffix == ".pth" else open_judge(path)
     if label_names is not None:
         check_judge_labels(judge, label_names, name=str(path))

@@ -100,7 +100,7 @@ def open_protocol(
     Args:
         name_or_path: One of `PROTOCOLS`, or a file in the form of i-CLEVR's `test.json`, which gives its own name.
         vocabulary: The labels that the pipeline knows.
-        training_conditions: Label sets of the images that the pipeline was trained on, see `hub.training_facts`; only
+        training_conditions: Label sets of the images that the pipeline was trained on, see `provenance.training_facts`; only
             `seen` and `unseen` need them.
 
     Raises:

@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline
 import iclevr_diffusion
 from iclevr_diffusion.call_options import call_options, request_lines, request_text, takes
 from iclevr_diffusion.command_line import SAMPLING_OPTIONS, add_pipeline_arguments, open_pipeline
-from iclevr_diffusion.hub import DEFAULT_PIPELINE
 from iclevr_diffusion.images import file_stem, make_grid, make_strip, save_png
 from iclevr_diffusion.labels import LabelVocabulary, read_label_lists
+from iclevr_diffusion.loading import DEFAULT_PIPELINE
 from iclevr_diffusion.pipelines.composition import Condition, parse_prompt
 
 

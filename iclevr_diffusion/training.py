@@ -29,7 +29,8 @@ from iclevr_diffusion.checkpoint import Stateful, load_checkpoint, newest_checkp
 from iclevr_diffusion.config import Config, TrainConfig, parse_config
 from iclevr_diffusion.environment import describe_environment, lost_processes_note
 from iclevr_diffusion.files import write_text
-from iclevr_diffusion.hub import find_folder, first_weights_facts
+from iclevr_diffusion.loading import find_folder
+from iclevr_diffusion.provenance import first_weights_facts
 
 
 class Batches(Protocol):

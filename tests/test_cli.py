@@ -19,7 +19,7 @@ from iclevr_diffusion import (
     CycleGANPipeline,
     LabelVocabulary,
     evaluate,
-    hub,
+    loading,
     protocols,
     sample,
 )
@@ -379,23 +379,23 @@ def test_judges_are_named_by_their_run_their_file_or_their_folder():
 
 
 def test_a_pipeline_is_named_by_its_folder_or_by_the_run_it_comes_from():
-    named = {None: hub.DEFAULT_PIPELINE, "runs/a/pipeline": "a", "runs/a/best_pipeline/": "a", "me/model": "model"}
+    named = {None: loading.DEFAULT_PIPELINE, "runs/a/pipeline": "a", "runs/a/best_pipeline/": "a", "me/model": "model"}
     named |= {"runs/a/pipeline-0.05": "a-0.05", "runs/pipeline-of-mine": "pipeline-of-mine"}
     assert {source: evaluate.pipeline_name(source) for source in named} == named
 
 
-@pytest.mark.parametrize("flag", [[], ["--judges", *hub.DEFAULT_JUDGES]])
+@pytest.mark.parametrize("flag", [[], ["--judges", *loading.DEFAULT_JUDGES]])
 def test_the_shipped_judges_are_opened_by_default_and_by_their_plain_names(
     pipeline_folder, judge_folder, tmp_path, monkeypatch, flag
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ICLEVR_ROOT", raising=False)
-    monkeypatch.setattr(hub, "shipped_folder", dict.fromkeys(hub.DEFAULT_JUDGES, judge_folder).__getitem__)
+    monkeypatch.setattr(loading, "shipped_folder", dict.fromkeys(loading.DEFAULT_JUDGES, judge_folder).__getitem__)
     (tmp_path / "one.json").write_text('[["red cube"]]')
     fixed = ["--pipeline", str(pipeline_folder), "--num_inference_steps", "2", "--device", "cpu", "--seeds", "1"]
     evaluate.main([*fixed, "--protocols", "one.json", *flag])
     results = json.loads((tmp_path / "outputs" / "scores" / "results.json").read_text())  # the folder by default
-    assert list(results["settings"]["judges"]) == list(hub.DEFAULT_JUDGES)
+    assert list(results["settings"]["judges"]) == list(loading.DEFAULT_JUDGES)
 
 
 def test_the_demo_forgets_its_last_scores_which_may_be_of_other_weights(tmp_path):

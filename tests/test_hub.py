@@ -21,22 +21,14 @@ import iclevr_diffusion
 from iclevr_diffusion import ConditionalDDPMPipeline, MultiLabelUNet2DModel
 from iclevr_diffusion.card import describe_training, render_card, render_index
 from iclevr_diffusion.evaluation import Evaluator
-from iclevr_diffusion.hub import (
-    export_judge,
-    export_pipeline,
-    first_weights_facts,
-    load_pipeline,
-    published_files,
-    push_to_hub,
-    shipped_folder,
-    training_facts,
-    write_card,
-)
+from iclevr_diffusion.hub import export_judge, export_pipeline, published_files, push_to_hub, write_card
 from iclevr_diffusion.judging import load_judge, weights_sha256
+from iclevr_diffusion.loading import load_pipeline, shipped_folder
 from iclevr_diffusion.models import unet_multilabel
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.pipelines import composition, label_vocabulary, labelled_pipeline, pipeline_conditional_ddpm
 from iclevr_diffusion.protocols import Protocol
+from iclevr_diffusion.provenance import first_weights_facts, training_facts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NAMES = ["red cube", "blue sphere", "gray cylinder"]
@@ -254,7 +246,7 @@ def test_a_model_inside_or_beside_what_was_given_is_named(
     pipeline: ConditionalDDPMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("iclevr_diffusion.hub.snapshot_download", lambda *_, **__: pytest.fail("a hub was asked"))
+    monkeypatch.setattr("iclevr_diffusion.loading.snapshot_download", lambda *_, **__: pytest.fail("a hub was asked"))
     for name in ("pipeline", "best_pipeline"):
         pipeline.save_pretrained(f"model/{name}")
     SmallLabelClassifier(24, 16, block_out_channels=(8, 8)).save_pretrained("run/judge")

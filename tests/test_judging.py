@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from iclevr_diffusion import hub, judging
+from iclevr_diffusion import judging, loading
 from iclevr_diffusion.data import normalize, open_store
 from iclevr_diffusion.judging import (
     calibration_error,
@@ -74,7 +74,7 @@ def test_a_folder_without_a_judge_is_refused(tmp_path, tiny_unet):
 
 def test_a_judge_that_comes_along_is_opened_by_its_name(tmp_path, monkeypatch):
     make_judge().save_pretrained(tmp_path)
-    monkeypatch.setattr(hub, "shipped_folder", {"shipped": tmp_path}.__getitem__)
+    monkeypatch.setattr(loading, "shipped_folder", {"shipped": tmp_path}.__getitem__)
     assert weights_sha256(load_judge("shipped")) == weights_sha256(make_judge())
 
 

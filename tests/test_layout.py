@@ -17,7 +17,7 @@ ANY = {"*"}
 
 # Which modules of the package each module may import. A folder stands for all its files, which may import each other.
 ARROWS = {
-    "": {"labels", "models", "pipelines", "hub"},  # the package itself: its public names
+    "": {"labels", "loading", "models", "pipelines", "hub"},  # the package itself: its public names
     "pipelines": set(),
     "models": set(),
     "labels": {"pipelines.label_vocabulary"},
@@ -33,10 +33,10 @@ ARROWS = {
     "environment": set(),
     "files": set(),
     "conversion": {"labels", "models"},
-    "training": {"checkpoint", "config", "ema", "environment", "files", "hub"},
+    "training": {"checkpoint", "config", "ema", "environment", "files", "loading", "provenance"},
     "training_data": {"config", "data", "protocols", "rendering", "training"},
     "protocols": {"data", "labels"},
-    "judging": {"conversion", "data", "hub", "images", "models", "scores"},
+    "judging": {"conversion", "data", "images", "loading", "models", "scores"},
     "validation": {"distribution", "files", "images", "judging", "scores", "training", "training_data"},
     "distribution": set(),
     "inception": {"distribution"},
@@ -74,9 +74,11 @@ ARROWS = {
     "leaderboard_reports": {"leaderboard", "leaderboard_tables"},
     "leaderboard_sampling": {"leaderboard_tables"},
     "card": {"files", "scores"},
-    "hub": {"card", "files", "judging", "labels", "models", "onnx_backend", "pipelines", "protocols"},
+    "loading": {"files", "models", "onnx_backend", "pipelines"},
+    "provenance": {"files", "loading"},
+    "hub": {"card", "files", "judging", "loading", "models", "pipelines", "provenance"},
     "onnx_backend": {"", "files", "judging", "pipelines"},
-    "command_line": {"hub"},
+    "command_line": {"loading"},
     "inspection": {"data", "images"},
     "digit_pairs": {"data", "files"},
     "compare": ANY,

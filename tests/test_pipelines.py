@@ -320,7 +320,11 @@ def test_a_model_that_saw_empty_scenes_draws_them():
         ("edm", EDMEulerScheduler(sigma_data=1.0, prediction_type="v_prediction"), "prediction_type='epsilon'"),
         ("edm", DDIMScheduler(), "use EDMDPMSolverMultistepScheduler or EDMEulerScheduler with sigma_data=1"),
         ("epsilon", DDIMScheduler(clip_sample=True), "clip_sample=False"),
-        ("epsilon", DDIMScheduler(clip_sample=True, clip_sample_range=2.0), r"clip_sample_range=2.0.* or with .*=6\.5"),
+        (
+            "epsilon",
+            DDIMScheduler(clip_sample=True, clip_sample_range=2.0),
+            r"clip_sample_range=2.0.* or with .*=6\.5",
+        ),
         ("epsilon", DPMSolverMultistepScheduler(thresholding=True), "thresholding=False"),
     ],
 )

@@ -22,9 +22,9 @@ from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
 from iclevr_diffusion.config import TrainConfig, parse_config
 from iclevr_diffusion.data import BatchLoader
 from iclevr_diffusion.denoiser import ARCHITECTURE
-from iclevr_diffusion.hub import training_facts
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
+from iclevr_diffusion.provenance import training_facts
 from iclevr_diffusion.rendering import render_dataset
 from iclevr_diffusion.training import TrainingRun, run_script
 from iclevr_diffusion.training_data import TrainingData

@@ -9,9 +9,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from iclevr_diffusion import ICLEVR_LABELS, ConditionalDDPMPipeline, MultiLabelUNet2DModel, load_pipeline
-from iclevr_diffusion.hub import export_pipeline, training_facts
+from iclevr_diffusion.hub import export_pipeline
 from iclevr_diffusion.losses import evaluator_loss
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
+from iclevr_diffusion.provenance import training_facts
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "train_scripts"
 SPEC = importlib.util.spec_from_file_location("train_student", SCRIPTS / "train_student.py")

@@ -16,9 +16,9 @@ from iclevr_diffusion.denoiser import choose_attention
 from iclevr_diffusion.distillation import Prompts, Teacher, make_flow_solver, make_student
 from iclevr_diffusion.ema import ExponentialMovingAverage
 from iclevr_diffusion.gan_networks import refuse_ignored
-from iclevr_diffusion.hub import training_facts
 from iclevr_diffusion.judging import weights_sha256
 from iclevr_diffusion.losses import evaluator_loss
+from iclevr_diffusion.provenance import training_facts
 from iclevr_diffusion.training import TrainingRun, run_script
 from iclevr_diffusion.validation import Validation, open_reader
 
