@@ -20,7 +20,7 @@ from iclevr_diffusion.labels import ICLEVR_LABELS, LabelVocabulary
 from iclevr_diffusion.loading import DEFAULT_JUDGES, DEFAULT_PIPELINE
 from iclevr_diffusion.protocols import MATCHED, PROTOCOLS, Protocol, matched_protocol, open_protocol
 from iclevr_diffusion.provenance import training_facts
-from iclevr_diffusion.scores import format_results
+from iclevr_diffusion.score_tables import format_results
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -24,7 +24,8 @@ from iclevr_diffusion.judging import read_images
 from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 from iclevr_diffusion.protocols import MATCHED, Protocol, matched_protocol
 from iclevr_diffusion.reference import Reference
-from iclevr_diffusion.scores import exact_match, format_results, score_conditions, score_images, score_negation
+from iclevr_diffusion.score_tables import format_results
+from iclevr_diffusion.scores import exact_match, score_conditions, score_images, score_negation
 
 FIRST = Protocol(
     "first", (("red cube",), ("gray cube", "blue sphere"), ("cyan sphere", "red cylinder", "green cube")), "replicates"

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from iclevr_diffusion.score_tables import format_results
 from iclevr_diffusion.scores import (
     INTERVAL,
     ceiling,
     exact_match,
-    format_results,
     found_labels,
     is_quick,
     negation_ceiling,

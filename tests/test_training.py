@@ -27,7 +27,8 @@ from iclevr_diffusion import (
 from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
 from iclevr_diffusion.config import TrainConfig
 from iclevr_diffusion.ema import ExponentialMovingAverage
-from iclevr_diffusion.training import TrainingRun, load_weights
+from iclevr_diffusion.first_weights import load_weights
+from iclevr_diffusion.training import TrainingRun
 
 
 @pytest.fixture(autouse=True)
@@ -709,7 +710,7 @@ def test_weights_go_with_the_names_of_their_labels(name, tmp_path, monkeypatch):
     torch.manual_seed(1)
     source, model = NETWORKS[name](3), NETWORKS[name](4)
     source.save_pretrained(tmp_path)
-    monkeypatch.setattr("iclevr_diffusion.training._find_model", lambda model, source: (tmp_path, theirs))
+    monkeypatch.setattr("iclevr_diffusion.first_weights._find_model", lambda model, source: (tmp_path, theirs))
     change = load_weights(model, tmp_path, ours, other_labels=True)
     assert change == (["blue", "red", "green"], ["new"], [])
     if name == "judge":
