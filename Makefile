@@ -10,7 +10,7 @@ DEMO_LABELS ?= "red cube" "blue sphere, gray cylinder" "cyan cube, yellow sphere
 DEMO_SAMPLE_FLAGS ?= --seed 1
 DEMO_EVALUATE_FLAGS ?= --protocols test new_test --seeds 1
 
-# Stands beside the environment from the first step of an installation to the last.
+# Stands beside a new environment from the first step of its installation to the last.
 unfinished := $(VENV).unfinished
 
 # With a newer pyproject.toml or constraints.txt than the stamp, pip is asked again; it changes only what differs.
@@ -19,11 +19,11 @@ define install
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or newer is needed and $(PYTHON) is $$("$(PYTHON)" --version 2>&1); try: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@if [ -e $(unfinished) ]; then echo "The last installation was cut off; beginning anew."; rm -rf $(VENV); fi
-	@touch $(unfinished)
+	@[ -d "$(VENV)" ] || touch $(unfinished)
 	"$(PYTHON)" -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) --constraint constraints.txt --editable "$(1)"
 	@touch $@
-	@rm $(unfinished)
+	@rm -f $(unfinished)
 endef
 
 .PHONY: demo test

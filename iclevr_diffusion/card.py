@@ -173,6 +173,7 @@ def render_card(
         prediction_type=config.get("prediction_type"),
         has_guide="guide" in index,
         image_size=image_size,
+        num_channels=num_channels,
         channels={1: "grey", 3: "RGB", 4: "RGBA"}.get(num_channels, f"{num_channels} channels"),
         label_names=label_names,
         num_values=num_values,

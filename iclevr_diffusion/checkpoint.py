@@ -182,7 +182,7 @@ def _digest(path: Path) -> str:
 def _sync(path: Path) -> None:
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and its renames need no sync
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs what it may write
     try:
         os.fsync(descriptor)
     finally:

@@ -150,7 +150,8 @@ def choose_protocols(
     if names is None:
         ours = ["all"] if training_conditions is None else ["seen"]
         names = [] if vocabulary is None else ["test", "new_test"] if vocabulary == ICLEVR_LABELS else ours
-        names += [MATCHED] if store is not None else []
+        has_some = store is not None and store.class_labels[store.indices("held-out")].any()
+        names += [MATCHED] if has_some else []
     if MATCHED in names and store is None:
         raise ValueError(f"`protocols`: {MATCHED} needs real images; give --data or set ICLEVR_ROOT.")
     if vocabulary is None and set(names) != {MATCHED}:

@@ -393,8 +393,9 @@ class Evaluator:
             reason = f"{reference.num_compared} held-out images have labels that training images have too"
             return {"missing": f"only {reason}, and {MIN_COMPARED} are needed"}, {}
         trained_on = None
-        if self.facts["data_sha256"] == reference.store.sha256:
-            trained_on = self.facts["split"] or "train"
+        if self.facts["data_sha256"] is not None:
+            is_same = self.facts["data_sha256"] == reference.store.sha256
+            trained_on = (self.facts["split"] or "train") if is_same else "others"
         distribution, nearest = reference.distribution(pixel_values[MATCHED], readings[MATCHED], trained_on=trained_on)
         if self.vocabulary is not None:
             names = sorted(pixel_values)  # so that sums do not depend on the order in which they were drawn
@@ -446,7 +447,9 @@ class Evaluator:
     def _settings(self) -> dict[str, Any]:
         scheduler = None
         if hasattr(self.pipeline, "scheduler"):
-            scheduler = json.loads(self.pipeline.scheduler.to_json_string())
+            scheduler = json.loads(
+                self.pipeline.scheduler.to_json_string(), parse_constant=str
+            )  # JSON has no infinity
             scheduler.pop("_diffusers_version", None)
         settings = {
             "class": type(self.pipeline).__name__,
@@ -609,7 +612,7 @@ class Evaluator:
         path = self.output_dir / "settings.json"
         if not any(self.drawings.folder.glob("*.parquet")):
             return
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
         self.settings["protocols"] = settings["protocols"] | self.settings["protocols"]
         there, here = _flatten(settings), _flatten(self.settings)
         different = sorted(

@@ -7,7 +7,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from iclevr_diffusion.loading import find_folder
+from iclevr_diffusion.loading import find_folder, load_model
 
 _OTHER_NETWORK = (
     "give other weights, or train the network that these are of (`network` or `model`, where a script has it)"
@@ -59,7 +59,7 @@ def load_weights(
         ValueError: If the source holds no such model, or one of other shapes, labels, channels or prediction type.
     """
     folder, theirs = _find_model(model, source)
-    other = type(model).from_pretrained(folder, use_safetensors=True)
+    other = load_model(type(model), folder, torch.float32)
     if theirs is None:
         theirs = other.config.get("label_names")
     if other.config.get("prediction_type") != model.config.get("prediction_type"):

@@ -174,4 +174,4 @@ def _save_whole(image: Image.Image, path: Path, **options: Any) -> None:  # noqa
 def file_stem(position: int, labels: str | Sequence[str]) -> str:
     """Names an image file by its position and what it was asked for, labels or text: `0007_red-cube_blue-sphere`."""
     words = (re.sub(r"[^\w]+", "-", label) for label in ([labels] if isinstance(labels, str) else labels))
-    return f"{position:04d}_{'_'.join(words)}"[:200]
+    return f"{position:04d}_{'_'.join(words)}".encode()[:200].decode(errors="ignore")  # names may be of 255 bytes

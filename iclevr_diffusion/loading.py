@@ -191,7 +191,7 @@ def open_judge(path_or_repo: str | Path) -> LabelClassifier | SmallLabelClassifi
             f"{models_inside(folder, 'config.json', JUDGE_CLASSES)}."
         )
     judge_class = _class_named(_class_name(read_json(config_file).get("_class_name")), JUDGE_CLASSES, config_file)
-    return _load_model(judge_class, folder, torch.float32)
+    return load_model(judge_class, folder, torch.float32)
 
 
 def compile_networks(pipeline: LabelledPipeline) -> None:
@@ -261,10 +261,15 @@ def _load_component(
     known_scheduler = scheduler_class(class_name)
     if known_scheduler is not None:
         return known_scheduler.from_pretrained(folder)
-    return _load_model(_class_named(class_name, MODEL_CLASSES, index_file, "a scheduler of diffusers"), folder, dtype)
+    return load_model(_class_named(class_name, MODEL_CLASSES, index_file, "a scheduler of diffusers"), folder, dtype)
 
 
-def _load_model(model_class: type[ModelMixin], folder: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 -- that class
+def load_model(model_class: type[ModelMixin], folder: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 -- that class
+    """Opens a network of a known class, if its folder holds just its weights, as safetensors.
+
+    Raises:
+        ValueError: If it does not.
+    """
     weight_files(folder)
     model, loading = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     if wrong := sorted([*loading["missing_keys"], *loading["unexpected_keys"]]):

@@ -111,16 +111,14 @@ def open_protocol(
     """
     if name_or_path in ("test", "new_test", "held-out"):
         conditions = _packaged_conditions(name_or_path, vocabulary)
-        resampled = "conditions" if name_or_path == "held-out" else "replicates"
     elif name_or_path == "all":
-        conditions, resampled = _all_conditions(vocabulary), "conditions"
+        conditions = _all_conditions(vocabulary)
     elif name_or_path == "seen":
         conditions = _seen_conditions(vocabulary, training_conditions)
-        resampled = "replicates" if len(conditions) < _FEW_CONDITIONS else "conditions"
     elif name_or_path == "unseen":
-        conditions, resampled = _unseen_conditions(vocabulary, training_conditions), "conditions"
+        conditions = _unseen_conditions(vocabulary, training_conditions)
     elif name_or_path == "crowded":
-        conditions, resampled = _crowded_conditions(vocabulary, training_conditions), "conditions"
+        conditions = _crowded_conditions(vocabulary, training_conditions)
     elif name_or_path == "composed":
         crowded = open_protocol("crowded", vocabulary, training_conditions=training_conditions)
         prompts = tuple(" AND ".join(labels) for labels in crowded.conditions)
@@ -132,9 +130,13 @@ def open_protocol(
         conditions = _read_conditions(path, vocabulary)
         if path.stem in PROTOCOLS:
             return _same_protocol(path, conditions, vocabulary, training_conditions)
-        resampled = "replicates" if len(conditions) < _FEW_CONDITIONS else "conditions"
         name_or_path = path.stem
-    return Protocol(name_or_path, tuple(map(tuple, conditions)), resampled)
+    return Protocol(name_or_path, tuple(map(tuple, conditions)), _resampled(conditions))
+
+
+def _resampled(conditions: Sequence[object]) -> Literal["replicates", "conditions"]:
+    """Says what intervals resample: few conditions drawn again would give intervals that cover less than they say."""
+    return "replicates" if len(conditions) < _FEW_CONDITIONS else "conditions"
 
 
 def _same_protocol(
@@ -211,7 +213,9 @@ def combinations_protocol(store: ImageStore) -> Protocol:
             " file in the form of test.json, or more images."
         )
     conditions = sorted(tuple(row.nonzero()[0].tolist()) for row in held_out)
-    return Protocol(COMBINATIONS, tuple(tuple(names[i] for i in labels) for labels in conditions), "conditions")
+    return Protocol(
+        COMBINATIONS, tuple(tuple(names[i] for i in labels) for labels in conditions), _resampled(conditions)
+    )
 
 
 def _packaged_conditions(name: str, vocabulary: LabelVocabulary) -> list[list[str]]:

@@ -69,10 +69,17 @@ def training_facts(
         raise ValueError(f"{record} must name the images by a SHA-256 of 64 digits, got {data_sha256!r:.100}.")
     config = training.get("config")
     config = config if isinstance(config, dict) else {}
+    if config.get("streaming"):  # its fingerprint is one of files, which that of decoded images says nothing about
+        data_sha256 = None
     first = training.get("first_weights")
     first = first if isinstance(first, dict) else {}
     judges = [judge_name(config[key]) for key in ("judge", "evaluator") if isinstance(config.get(key), str)]
-    for others in (training.get("teacher_judges"), first.get("judges"), guide_facts.get("judges")):
+    for others in (
+        training.get("judges"),
+        training.get("teacher_judges"),
+        first.get("judges"),
+        guide_facts.get("judges"),
+    ):
         judges += [judge for judge in others if isinstance(judge, str)] if isinstance(others, list) else []
     return {
         "conditions": _with_further(conditions, guide_facts.get("conditions") or []),
@@ -102,6 +109,8 @@ def data_of_run(output_dir: str | Path) -> dict[str, Any]:
     data = read_json(file)
     facts = {"data_sha256": data.get("data"), "split": data.get("split")}
     facts |= {key: data[key] for key in ("teacher_judges",) if key in data}  # of a student's teacher
+    judges = Path(output_dir) / "judges.json"
+    facts |= {"judges": parse_json(judges)} if judges.is_file() else {}
     first = _first_weights_of_run(Path(output_dir))
     return facts | ({"first_weights": {key: first.get(key) for key in _FACTS if key != "conditions"}} if first else {})
 

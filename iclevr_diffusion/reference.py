@@ -67,8 +67,9 @@ class Reference:
         Args:
             pixel_values: The drawn images, uint8 (N, C, H, W).
             readings: What each judge makes of them.
-            trained_on: The split of these images that the pipeline was trained on, `train` or `all`. Where it is None,
-                the training images are others or unknown, and that no image of the train split is copied says little.
+            trained_on: The split of these images that the pipeline was trained on, `train` or `all`; `others` if it was
+                trained on other images, and None if it is not known: that no image of the train split is copied says
+                little then.
 
         Returns:
             For each judge the distances in its features, beside those of as many training images with the same labels,
@@ -99,7 +100,7 @@ class Reference:
             "num_generated": len(rows),
             "num_real": len(rows),
             "judges": judges,
-            "memorisation": copies | {"trained_on_these": trained_on is not None},
+            "memorisation": copies | {"trained_on_these": None if trained_on is None else trained_on != "others"},
         }
         if self.inception is not None:
             real_pixels = store.pixel_values[held_out[rows]]

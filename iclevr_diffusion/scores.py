@@ -32,7 +32,9 @@ INTERVAL = {
     "seed": 0,
 }
 RANKING_METRICS = ("mean_average_precision", "average_precision")  # whose resamples are moved
-MAX_UNDEFINED = 0.05  # share of the resamples in which a score may be undefined before its interval is, too
+# Share of the resamples in which a score may be undefined before its interval is, too. Of a part of k conditions of a long
+# list, e^-k of the resamples hold none: fewer than seven give intervals that cover less than they say.
+MAX_UNDEFINED = 0.001
 
 # A list of fewer of both says too little of how far a score would move on another draw.
 MIN_REPLICATES, MIN_CONDITIONS = 10, 100
@@ -300,7 +302,7 @@ def score_conditions(
         Scores in all, with `num_images`, by number of objects, by label asked for, by seen or unseen if known; the
         smallest, median and largest top-k of one replicate of all conditions; the ceiling. Each score is a mapping of
         `value`, `low` and `high`; the last two are None for a list that `is_quick`, for a single unit to draw again,
-        and for a score that is undefined in more than 5 % of the resamples.
+        and for a score that is undefined in more than one in a thousand resamples.
     """
     reading = _read_list(logits, class_labels, threshold)
     num_conditions, num_replicates, num_classes = logits.shape

@@ -21,6 +21,7 @@ import yaml
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedType
 from accelerate.utils import GradientAccumulationPlugin
 from diffusers import DiffusionPipeline, ModelMixin
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
@@ -28,7 +29,7 @@ from tqdm.auto import tqdm
 from iclevr_diffusion.checkpoint import Stateful, load_checkpoint, newest_checkpoint, read_manifest, save_checkpoint
 from iclevr_diffusion.config import Config, TrainConfig, parse_config
 from iclevr_diffusion.environment import describe_environment, lost_processes_note
-from iclevr_diffusion.files import write_text
+from iclevr_diffusion.files import judge_name, write_text
 from iclevr_diffusion.first_weights import load_weights
 from iclevr_diffusion.provenance import first_weights_facts
 
@@ -41,6 +42,9 @@ class Batches(Protocol):
 
 
 Tracked = TypeVar("Tracked", bound=Stateful)
+
+
+_LOCKS: dict[Path, FileLock] = {}  # of the folders that runs of this process write
 
 
 class _StandardError:
@@ -143,17 +147,16 @@ class TrainingRun:
         self._bad_loss = torch.zeros((), device=self.accelerator.device)
         self._signal = 0
         self._stopping = False
+        self._overflowed = False  # whether fp16 did, in the present step: a fused optimizer does not tell
         # `accelerate launch` does not pass SIGTERM on, so that its end must be noticed; it always sets this variable.
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        self._lock_folder()
         self._origin, self._manifest = self._find_checkpoint()
         self._seconds_before = self._manifest["facts"].get("seconds", 0.0)  # of training, when it was resumed
         self._started = time.perf_counter()
         self._time_is_up = False
         self._check_recipe()
         self.pin(seed=config.seed, num_processes=self.accelerator.num_processes)
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
         if config.report_to:
             flat = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in _plain(config).items()}
             self.accelerator.init_trackers(self.output_dir.name, config=flat)
@@ -192,7 +195,7 @@ class TrainingRun:
     @property
     def weights_moved(self) -> bool:
         """Whether this micro-step ended an optimisation step that was not skipped, as fp16 does where it overflows."""
-        return self.sync_gradients and not self.accelerator.optimizer_step_was_skipped
+        return self.sync_gradients and not self._overflowed
 
     @property
     def stopping(self) -> bool:
@@ -380,7 +383,7 @@ class TrainingRun:
                 " lower `learning_rate` or `max_grad_norm`, a longer warm-up or mixed_precision bf16 or no, in another"
                 f" `output_dir`; checkpoints up to step {self._saved_step()} are in {self.checkpoints}."
             )
-        self._stopping, self._time_is_up = bool(stop), bool(late)
+        self._stopping, self._time_is_up, self._overflowed = bool(stop), bool(late), bool(bad_gradient)
         if not bad_gradient:
             self.log(**{f"grad_norm_{name}" if name else "grad_norm": grad_norm})
 
@@ -439,6 +442,8 @@ class TrainingRun:
         """Ends trackers and leaves the group of processes; the last call of a script."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if (lock := _LOCKS.pop(self.output_dir.resolve(), None)) is not None:
+            lock.release()
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """Returns a prepared model without what processes and compilation put around it."""
@@ -557,16 +562,47 @@ class TrainingRun:
                 break
         write_text(path, "".join(f"{line}\n" for line in kept))
 
+    def _lock_folder(self) -> None:
+        """Keeps other runs out of the folder as long as this one writes there; for good, if the process ends first."""
+        is_free = True
+        if self.accelerator.is_main_process and (folder := self.output_dir.resolve()) not in _LOCKS:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                is_free = False
+            else:
+                _LOCKS[folder] = lock
+        if not accelerate.utils.broadcast_object_list([is_free])[0]:
+            raise ValueError(
+                f"`output_dir` {self.output_dir} is being written by another run; wait for it, or take another."
+            )
+
     def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any]]:
-        """Returns the newest whole checkpoint and its manifest, which the main process looks for."""
+        """Returns the newest whole checkpoint and its manifest, which the main process looks for.
+
+        Raises:
+            ValueError: If there is none, though the folder holds what a run has trained.
+        """
         folder, manifest = None, {"step": 0, "facts": {}}
+        trained: list[str] = []
         if self.accelerator.is_main_process and (folder := newest_checkpoint(self.checkpoints)) is not None:
             manifest = read_manifest(folder)
             path = self.output_dir / "config.yaml"
             if "config" not in manifest["facts"] and path.exists():  # a checkpoint from before it held its recipe
                 with contextlib.suppress(yaml.YAMLError):
                     manifest["facts"]["config"] = yaml.safe_load(path.read_text())
-        return tuple(accelerate.utils.broadcast_object_list([folder, manifest]))
+        elif self.accelerator.is_main_process:
+            trained = [name for name in ("pipeline", "best_pipeline", "judge") if (self.output_dir / name).exists()]
+            trained += [f"checkpoints/{path.name}" for path in sorted(self.checkpoints.glob("step-*"))]
+        folder, manifest, trained = accelerate.utils.broadcast_object_list([folder, manifest, trained])
+        if trained:
+            raise ValueError(
+                f"`output_dir` {self.output_dir} holds {', '.join(trained)}, which would be written over, and no whole"
+                " checkpoint to go on from; train into another folder, or move that away."
+            )
+        return folder, manifest
 
     def _check_recipe(self) -> None:
         """Refuses a configuration that is not that of the checkpoint to go on from."""
@@ -602,6 +638,13 @@ class TrainingRun:
         recipe = yaml.safe_dump(_plain(self.config), sort_keys=False)
         for name, text in {"config.yaml": recipe, **self._descriptions}.items():
             write_text(self.output_dir / name, text)
+        # A judge may change on the way, but has watched, or taught, all the same.
+        record = self.output_dir / "judges.json"
+        before = json.loads(record.read_text()) if self.resuming and record.exists() else []
+        given = (getattr(self.config, option, None) for option in ("judge", "evaluator"))
+        judges = sorted({*before, *(judge_name(judge) for judge in given if judge is not None)})
+        if judges or record.exists():
+            write_text(record, json.dumps(judges) + "\n")
         if self.step < self.config.max_steps:
             path = self.output_dir / "environment.json"
             launches = json.loads(path.read_text()) if path.exists() else []
@@ -622,7 +665,7 @@ def run_script(main: Callable[[Config], None], config_class: type[Config]) -> No
     config = parse_config(config_class)
     try:
         main(config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if TrainingRun.has_begun:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=STANDARD_ERROR)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -506,8 +507,19 @@ def test_images_drawn_for_the_real_ones_labels_are_compared_with_them(make_evalu
     assert (tmp_path / "evaluation" / "nearest.png").is_file()
     assert results["pipeline"]["trained_on_held_out"] is False
     unknown = make_evaluator(protocols=protocols).run(store)
-    assert unknown["distribution"]["memorisation"]["trained_on_these"] is False
+    assert unknown["distribution"]["memorisation"]["trained_on_these"] is None
+    facts["data_sha256"] = "1" * 64
+    others = make_evaluator(protocols=protocols, training_facts=facts).run(store)
+    assert others["distribution"]["memorisation"]["trained_on_these"] is False
     assert unknown["pipeline"]["trained_on_held_out"] is None
+
+
+def test_what_is_written_is_json_for_strict_readers_too(make_evaluator, tiny_pipeline, tmp_path):
+    tiny_pipeline.scheduler.register_to_config(lambda_min_clipped=-math.inf)  # as DPM-Solver's is by default
+    make_evaluator(protocols=(FIRST,)).run()
+    text = (tmp_path / "evaluation" / "results.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert json.loads(text)["settings"]["scheduler"]["lambda_min_clipped"] == "-Infinity"
 
 
 def test_copies_are_searched_for_among_all_images_that_were_trained_on(make_evaluator):

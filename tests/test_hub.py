@@ -681,6 +681,10 @@ def test_a_runs_pipeline_has_seen_what_lies_beside_it(
     assert facts["judges"] == ["a_teacher", "my_judge"]
     monkeypatch.chdir(run / "best_pipeline")
     assert training_facts(".") == facts
+    (run / "judges.json").write_text('["an_earlier_one"]')  # a run may go on with another judge
+    assert training_facts(".")["judges"] == ["a_teacher", "an_earlier_one", "my_judge"]
+    (run / "config.yaml").write_text("batch_size: 8\nstreaming: true\n")
+    assert training_facts(".")["data_sha256"] is None  # that of a streamed set is of files, not of images
     (run / "config.yaml").unlink()  # then it is the folder of no run
     assert training_facts(run / "best_pipeline") == UNKNOWN
 

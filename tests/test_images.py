@@ -144,6 +144,7 @@ def test_a_moving_picture_shows_its_frames_over_and_over(tmp_path):
 def test_a_file_is_named_by_position_and_labels():
     assert file_stem(7, ["red cube", "blue sphere"]) == "0007_red-cube_blue-sphere"
     assert file_stem(12, ["../a/b"]) == "0012_-a-b"
+    assert file_stem(3, ["é" * 300]) == "0003_" + "é" * 97  # file systems count bytes
     assert len(file_stem(0, ["cube"] * 100)) <= 200
 
 

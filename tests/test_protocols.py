@@ -238,6 +238,13 @@ def test_a_file_of_a_hundred_conditions_stands_for_more_of_their_kind(tmp_path, 
     assert open_protocol(write(tmp_path, [[name] for name in vocabulary]), vocabulary).resampled == resampled
 
 
+def test_every_list_of_few_conditions_stands_for_itself():
+    conditions = [["red"], ["red", "green"]]
+    for name in ("seen", "unseen", "all"):
+        protocol = open_protocol(name, COLOURS, training_conditions=conditions)
+        assert len(protocol) < 100 and protocol.resampled == "replicates"
+
+
 @pytest.mark.parametrize(
     ("conditions", "message"),
     [
@@ -384,6 +391,7 @@ def test_a_tenth_of_the_combinations_is_held_out_and_every_label_keeps_half_of_i
     store = make_store(PAIRS * 3)
     held_out = combinations_protocol(store)
     assert held_out.name == "combinations" and len(held_out) == 10
+    assert held_out.resampled == "replicates"  # they are too few to stand for others
     counts = Counter(label for labels in held_out.conditions for label in labels)
     assert set(counts) == set(PLACES) and set(counts.values()) == {1}
     assert combinations_protocol(make_store(PAIRS[::-1])) == held_out

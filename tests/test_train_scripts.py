@@ -97,7 +97,7 @@ def test_a_short_run_leaves_everything_that_was_promised(train, tmp_path):
     folder = train(tmp_path / "run", sample_every=2)
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "data.json"):
         assert (folder / name).exists()
-    assert not list(folder.glob(".*"))
+    assert [path.name for path in folder.glob(".*")] == [".lock"]
     pipeline = ConditionalDDPMPipeline.from_pretrained(folder / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     (image,) = pipeline([["red cube"]], seeds=[0]).images

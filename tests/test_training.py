@@ -2,9 +2,12 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from iclevr_diffusion import (
@@ -25,7 +30,7 @@ from iclevr_diffusion import (
     training,
 )
 from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
-from iclevr_diffusion.config import TrainConfig
+from iclevr_diffusion.config import TrainConfig, option
 from iclevr_diffusion.ema import ExponentialMovingAverage
 from iclevr_diffusion.first_weights import load_weights
 from iclevr_diffusion.training import TrainingRun
@@ -55,6 +60,11 @@ class Loader:
 def make_config(folder, **fields):
     fields = {"max_steps": 6, "batch_size": 4, "save_every": 2, "log_every": 2, "lr_schedule": "linear", **fields}
     return TrainConfig(output_dir=str(folder), learning_rate=0.1, **fields)
+
+
+@dataclass(kw_only=True)
+class JudgedConfig(TrainConfig):
+    judge: str | None = option(None, "a judge that watches", may_change=True)
 
 
 def train(config, on_step=None, loss_of=None, pinned=None):
@@ -618,7 +628,42 @@ def test_the_best_pipeline_is_kept_and_a_worse_one_is_not(tmp_path, tiny_pipelin
     best = type(tiny_pipeline).from_pretrained(tmp_path / "best_pipeline")
     assert (best.unet.data_mean == 2).all()
     assert json.loads((tmp_path / "best_pipeline.json").read_text()) == {"step": 2, "score": 0.6, "measure": {}}
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
+
+
+def test_a_folder_that_another_run_writes_is_refused_and_left_alone(tmp_path):
+    train(make_config(tmp_path))
+    before = lines(tmp_path)
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="is being written by another run; wait for it"):
+        TrainingRun(make_config(tmp_path, seed=1))
+    assert lines(tmp_path) == before
+    TrainingRun(make_config(tmp_path)).finish()
+
+
+@pytest.mark.parametrize("broken", [True, False], ids=["broken", "gone"])
+def test_what_was_trained_is_not_written_over_where_no_checkpoint_is_left(tmp_path, tiny_pipeline, broken):
+    run, *_ = train(make_config(tmp_path))
+    run.save_pipeline(tiny_pipeline)
+    before = lines(tmp_path)
+    for folder in run.checkpoints.iterdir():
+        if broken:
+            (folder / "manifest.json").write_text("{")
+        else:
+            shutil.rmtree(folder)
+    names = "pipeline, checkpoints/step-0.*, which" if broken else "pipeline, which"
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(ValueError, match=f"holds {names} would be written over, and no whole"),
+    ):
+        warnings.simplefilter("ignore")
+        TrainingRun(make_config(tmp_path))
+    assert lines(tmp_path) == before and (tmp_path / "pipeline").exists()
+
+
+def test_all_judges_that_ever_watched_are_kept(tmp_path):
+    for judge in ("outputs/first/judge", None, "second"):
+        train(JudgedConfig(**vars(make_config(tmp_path)), judge=judge))
+    assert json.loads((tmp_path / "judges.json").read_text()) == ["first", "second"]
 
 
 def test_scores_of_another_measure_are_not_compared(tmp_path, tiny_pipeline):
@@ -638,6 +683,16 @@ def test_a_best_score_of_steps_that_were_lost_is_forgotten(tmp_path):
         with pytest.raises(RuntimeError):
             train(make_config(tmp_path), on_step=fail(5))
         assert record.exists() == (step == 4)
+
+
+def test_first_weights_that_lack_a_tensor_are_refused(tmp_path, tiny_pipeline):
+    tiny_pipeline.save_pretrained(tmp_path)
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["null_embedding"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="1 tensors are missing or too many: null_embedding"):
+        load_weights(type(tiny_pipeline.unet)(**tiny_pipeline.unet.config), tmp_path)
 
 
 def test_weights_come_from_a_pipeline_or_a_network_folder(tmp_path, tiny_pipeline):

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import math
 import os
@@ -14,6 +15,11 @@ from iclevr_diffusion.labels import LabelVocabulary
 
 _MANY = 50_000  # images, from which on their statistics are kept
 _CHUNK_SIZE = 512  # images in memory at a time where all are gone through
+
+
+def is_read_only(error: OSError) -> bool:
+    """Whether nothing could be written because of whose, or on what, a folder is."""
+    return isinstance(error, PermissionError) or error.errno == errno.EROFS
 
 
 class Blocks(NamedTuple):
@@ -92,7 +98,9 @@ class ImageSet:
                         unfinished = path.with_suffix(".tmp.npz")
                         np.savez(unfinished, mean=mean, std=std)
                         os.replace(unfinished, path)
-            except PermissionError:  # a cache that others share can be read-only
+            except OSError as error:  # a cache that others share can be read-only
+                if not is_read_only(error):
+                    raise
                 return self._measure(indices)
         with np.load(path) as file:
             return file["mean"], float(file["std"])

@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from iclevr_diffusion.data.image_set import ImageSet, chunks
+from iclevr_diffusion.data.image_set import ImageSet, chunks, is_read_only
 from iclevr_diffusion.data.labelled_images import LabelledImages
 from iclevr_diffusion.data.opening import open_source
 from iclevr_diffusion.data.source import ImageSource, read_pixels
@@ -149,7 +149,9 @@ def open_store(
                 _write_store(path, source, resolution, fingerprint, progress)
                 store = ImageStore(path)
             return store
-    except PermissionError as error:
+    except OSError as error:
+        if not is_read_only(error):
+            raise
         raise PermissionError(
             f"Cannot write the image store into `{path.parent}` ({error}); give another `cache_dir` or set the"
             " environment variable ICLEVR_CACHE."

@@ -170,7 +170,7 @@ def _render_one(image_folder: Path, config: dict[str, int | bool], number: int) 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Gives a path to write to and moves what was written to `path`, which thus is whole or not there at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     yield unfinished
     os.replace(unfinished, path)
 

@@ -1,5 +1,6 @@
 import difflib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class LabelVocabulary:
                 "`names` must be a list of non-empty strings without spaces around them,"
                 f' got {_shorten(names)}; write for example ["red cube", "blue sphere"].'
             )
-        repeated = sorted({name for name in names if list(names).count(name) > 1})
+        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
         if repeated or not names:
             problem = f"{_shorten(repeated)} more than once" if repeated else "no name at all"
             raise ValueError(f"`names` must hold at least one name and each name once, got {problem}; mend the list.")
