@@ -207,11 +207,13 @@ def open_pipeline(source: str) -> DiffusionPipeline:
     """Opens a pipeline that all systems can run.
 
     Raises:
-        ValueError: If it is no diffusion model.
+        ValueError: If it is no diffusion model, or one with a guide.
     """
     pipeline = load_pipeline(source)
     if type(pipeline) is not ConditionalDDPMPipeline:
         raise ValueError(f"`pipelines` must be diffusion models, got {source}, a {type(pipeline).__name__}.")
+    if pipeline.guide is not None:
+        raise ValueError(f"`pipelines` must be guided by nothing but themselves, got {source}, which has a guide.")
     return pipeline
 
 

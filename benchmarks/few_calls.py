@@ -36,10 +36,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -113,7 +113,7 @@ def make_scheduler(pipeline: DiffusionPipeline, sampler: str) -> SchedulerMixin:
     """Makes a scheduler for a pipeline's network, on the noise schedule of the pipeline's own.
 
     - `euler`: straight steps. For a flow these are diffusers' own times, the last of which lies next to 0: of few steps
-      one changes next to nothing. Otherwise its times are the pipeline's, and it is the same as DDIM's.
+      one changes next to nothing. Otherwise it is DDIM, on the pipeline's times.
     - `euler-even`: for a flow, straight steps on the times of `dpm-solver++`, which divide the way evenly before they
       are shifted.
     - `heun`: two looks a step, of which the second corrects the first.
@@ -146,7 +146,7 @@ def make_scheduler(pipeline: DiffusionPipeline, sampler: str) -> SchedulerMixin:
         is_long = config.get("beta_schedule") == "squaredcos_cap_v2"
         clipped = {"lambda_min_clipped": SHORTEST_SIGNAL} if is_long else {}
         makers = {
-            "euler": lambda: EulerDiscreteScheduler.from_config(config),
+            "euler": lambda: DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False)),
             "dpm-solver++": lambda: DPMSolverMultistepScheduler.from_config(config, **clipped),
             "unipc": lambda: UniPCMultistepScheduler.from_config(config),
             REFERENCE: lambda: DDPMScheduler.from_config(config),
@@ -233,7 +233,7 @@ class FewCalls:
     ) -> list[Point]:
         """Lists what is to be drawn of this pipeline: as it ships first, the slow sampler last."""
         is_student = self.pipeline.config.get("student_num_inference_steps") is not None
-        if is_student or self._defaults.get("num_inference_steps", 0) < min(steps):
+        if is_student or "num_inference_steps" not in self._defaults:
             return [Point(SHIPPED)]
         is_flow = self.pipeline.unet.config.prediction_type == "flow"
         ways = [Point(*way) for way in itertools.product(samplers, steps, guidance, intervals)]

@@ -76,11 +76,11 @@ def make_scheduler(name: str, pipeline: DiffusionPipeline) -> diffusers.Schedule
     accepted = inspect.signature(scheduler_class).parameters
     if "clip_sample" in accepted:
         overrides["clip_sample"] = config.get("clip_sample", False)  # diffusers clips by default, to [-1, 1]
-    if pipeline.unet.config.prediction_type == "flow" and "use_flow_sigmas" in accepted:
-        # The other solvers know straight paths by these settings.
-        overrides |= {
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": config.get("shift", 1.0),
-        }
+    if pipeline.unet.config.prediction_type == "flow":
+        # What FlowMatch schedulers call `shift` is `flow_shift` of those that know straight paths by these settings.
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        if "use_flow_sigmas" in accepted:
+            overrides |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+        elif "shift" in accepted:
+            overrides["shift"] = shift
     return scheduler_class.from_config(config, **overrides)

@@ -70,10 +70,20 @@ class DenoiserConfig(DataConfig):
     beta_schedule: BetaSchedule = option("squaredcos_cap_v2", "noise schedule, where not flow or edm")
     num_train_timesteps: int = option(1000, "steps of the noise schedule; a flow's times are always counted in 1000")
     sampler: Literal["ddpm", "ddim"] = option("ddim", "scheduler saved, where not flow or edm", may_change=True)
-    time_shift: float = option(4.0, "above 1, times (and a flow's sampling steps) move towards noise")
+    time_sampling: Literal["uniform", "logit-normal"] | None = option(
+        None, "how training times are drawn; logit-normal for flow and edm, uniform else, if not given"
+    )
+    time_shift: float | None = option(
+        None,
+        "above 1, times (and a flow's sampling steps) move towards noise; 4 for flow and edm, 1 else, if not given",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.time_sampling is None:
+            self.time_sampling = "logit-normal" if self.is_continuous else "uniform"
+        if self.time_shift is None:
+            self.time_shift = 4.0 if self.is_continuous else 1.0
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if item.name in FOREIGN[self.network] and value != item.default:
@@ -81,9 +91,14 @@ class DenoiserConfig(DataConfig):
                     f"`{item.name}` must be left out for the network {self.network}, which has no such option, got"
                     f" {value}."
                 )
+            if item.name in ("beta_schedule", "sampler") and self.is_continuous and value != item.default:
+                raise ValueError(
+                    f"`{item.name}` must be left out where `prediction_type` is {self.prediction_type}, which has its own,"
+                    f" got {value}; give another `prediction_type`, such as epsilon."
+                )
         if self.num_train_timesteps < 1:
             raise ValueError(f"`num_train_timesteps` must be at least 1, got {self.num_train_timesteps}.")
-        if self.prediction_type in ("flow", "edm") and self.num_train_timesteps != 1000:
+        if self.is_continuous and self.num_train_timesteps != 1000:
             raise ValueError(
                 f"`num_train_timesteps` must be 1000 where `prediction_type` is {self.prediction_type}, got"
                 f" {self.num_train_timesteps}."
@@ -94,7 +109,18 @@ class DenoiserConfig(DataConfig):
             )
         if not 0 < self.time_shift < float("inf"):
             raise ValueError(f"`time_shift` must be positive and finite, got {self.time_shift}.")
+        if not self.is_continuous and (left := float(make_scheduler(self).alphas_cumprod[-1]) ** 0.5) > 0.2:
+            raise ValueError(
+                f"`num_train_timesteps` must be enough for `beta_schedule` {self.beta_schedule} to end in noise, from which"
+                f" images are drawn, got {self.num_train_timesteps}, at whose end {left:.0%} of an image is left; take"
+                " 1000, or squaredcos_cap_v2."
+            )
         check_sizes(lambda: make_denoiser(self, 1, 1, null_condition=False, empty_condition=False))
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether times are real numbers, on a path of their own, and not steps of a noise schedule."""
+        return self.prediction_type in ("flow", "edm")
 
 
 def make_denoiser(
@@ -147,8 +173,8 @@ def make_scheduler(config: DenoiserConfig, *, bound: float = 1.0) -> SchedulerMi
     steps are of DPM-Solver++ (Lu et al., 2022, https://arxiv.org/abs/2211.01095), which asks the network once a step.
 
     The cosine schedule ends in noise alone, where the image that follows from a predicted noise is its error divided by
-    next to nothing (Lin et al., 2024, https://arxiv.org/abs/2305.08891, section 3.3). So sampling then begins a step
-    further in, and clips, as do *Improved Denoising Diffusion Probabilistic Models* (Nichol and Dhariwal, 2021,
+    next to nothing (Lin et al., 2024, https://arxiv.org/abs/2305.08891, section 3.3). So sampling then does not begin with
+    the last of fewer steps, and clips, as do *Improved Denoising Diffusion Probabilistic Models* (Nichol and Dhariwal, 2021,
     https://arxiv.org/abs/2102.09672).
 
     Args:

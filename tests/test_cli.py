@@ -249,6 +249,24 @@ def test_a_solver_named_for_a_flow_model_follows_straight_paths(tiny_pipeline, n
     tiny_pipeline([["red cube"]], num_inference_steps=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("DPMSolverMultistepScheduler", "flow_shift"),
+        ("UniPCMultistepScheduler", "flow_shift"),
+        ("FlowMatchEulerDiscreteScheduler", "shift"),
+        ("FlowMatchHeunDiscreteScheduler", "shift"),
+    ],
+)
+def test_a_named_scheduler_keeps_the_shift_of_a_solvers_times(tiny_pipeline, name, field):
+    tiny_pipeline.unet.register_to_config(prediction_type="flow")
+    straight = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 4.0}
+    tiny_pipeline.scheduler = diffusers.UniPCMultistepScheduler(**straight)
+    tiny_pipeline.scheduler = make_scheduler(name, tiny_pipeline)
+    assert tiny_pipeline.scheduler.config[field] == 4.0
+    tiny_pipeline([["red cube"]], num_inference_steps=2)
+
+
 # iclevr-evaluate
 
 

@@ -57,6 +57,11 @@ def test_a_pil_image_of_any_size_and_mode_is_resized_as_training_images_are(pipe
     assert (np.asarray(pipeline([resized]).images[0]) == np.asarray(output.images[0])).all()
 
 
+def test_images_with_alpha_are_mapped():
+    pipeline = CycleGANPipeline(make_generator(4, 4), make_generator(4, 4))
+    assert pipeline(PIL.Image.new("RGBA", (20, 30)), output_type="np").images.shape == (1, 16, 16, 4)
+
+
 def test_domains_may_differ_in_their_channels(images):
     pipeline = CycleGANPipeline(make_generator(1, 3), make_generator(3, 1))
     gray = PIL.Image.new("RGB", (16, 16), "gray")

@@ -96,11 +96,27 @@ def test_edm_is_drawn_by_its_own_scheduler_at_the_papers_noise():
         ({"prediction_type": "edm", "network": "small"}, "`prediction_type` must not be edm for the network small"),
         ({"prediction_type": "edm", "num_train_timesteps": 500}, "`num_train_timesteps` must be 1000 where .* edm"),
         ({"label_encoding": "tokens", "network": "small"}, "`label_encoding` must be left out for the network small"),
+        ({"sampler": "ddpm"}, "`sampler` must be left out where `prediction_type` is flow"),
+        ({"beta_schedule": "linear", "prediction_type": "edm"}, "`beta_schedule` must be left out .* is edm"),
+        (
+            {"beta_schedule": "linear", "prediction_type": "epsilon", "num_train_timesteps": 100},
+            "`num_train_timesteps` must be enough for `beta_schedule` linear .* got 100, at whose end 60% of an image",
+        ),
     ],
 )
 def test_options_that_a_network_lacks_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         DenoiserConfig(**fields)
+
+
+def test_times_move_towards_noise_only_where_nothing_else_places_them():
+    shifts = {
+        kind: DenoiserConfig(prediction_type=kind).time_shift for kind in ("flow", "edm", "epsilon", "v_prediction")
+    }
+    assert shifts == {"flow": 4.0, "edm": 4.0, "epsilon": 1.0, "v_prediction": 1.0}
+    assert DenoiserConfig(prediction_type="epsilon", time_shift=3.0).time_shift == 3.0
+    assert DenoiserConfig().time_sampling == "logit-normal"
+    assert DenoiserConfig(prediction_type="epsilon").time_sampling == "uniform"
 
 
 def test_labels_become_tokens_where_they_are_asked_for():

@@ -1,4 +1,5 @@
 import inspect
+import warnings
 
 import diffusers
 import numpy as np
@@ -143,12 +144,12 @@ def test_other_steps_than_a_student_has_learned_are_warned_of_and_drawn(pipeline
         opened.set_progress_bar_config(disable=True)
         opened(LABELS[:1], seeds=[0])
         opened(LABELS[:1], seeds=[0], num_inference_steps=2)
-        assert not [warning for warning in recwarn if "num_inference_steps" in str(warning.message)]
+        assert not [warning for warning in recwarn if "student" in str(warning.message)]
         with pytest.warns(UserWarning, match="should be 2 for this student, .* got 3: with fewer") as caught:
             assert torch.equal(draw(opened), expected)
         assert caught[0].filename == __file__  # where the call is, not inside of the package
     pipeline(LABELS[:1], seeds=[0], num_inference_steps=2)
-    assert not [warning for warning in recwarn if "num_inference_steps" in str(warning.message)]
+    assert not [warning for warning in recwarn if "student" in str(warning.message)]
 
 
 def test_names_indices_and_matrices_ask_for_the_same_image(pipeline):
@@ -334,7 +335,24 @@ def test_a_scheduler_of_another_prediction_type_is_refused_with_the_way_out(pred
 
 
 def test_a_scheduler_may_clip_what_no_image_reaches():
-    draw(make_pipeline("epsilon", DDIMScheduler(clip_sample=True, clip_sample_range=6.5)))
+    pipeline = make_pipeline("epsilon", DDIMScheduler(clip_sample=True, clip_sample_range=6.5))
+    draw(pipeline)
+    draw(pipeline.to(torch.bfloat16))  # in which the bound is rounded
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("num_steps", "warns"), [(2, True), (20, False), (600, True)])
+def test_a_scheduler_that_begins_where_much_of_an_image_is_left_is_warned_of(num_steps, warns):
+    pipeline = make_pipeline("epsilon", DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyboardInterrupt):  # before all steps are taken
+            pipeline(LABELS[:1], seeds=[0], num_inference_steps=num_steps, callback_on_step_end=interrupt)
+    files = [warning.filename for warning in caught if "of an image is left" in str(warning.message)]
+    assert files == [__file__] * warns  # where the call is, not inside of the package
 
 
 def test_label_names_must_fit_the_network():

@@ -132,6 +132,16 @@ def test_a_student_of_fewer_steps_starts_from_one_of_more(train):
     assert all(torch.allclose(before[name], value, atol=1e-6) for name, value in after.items())
 
 
+def test_a_student_keeps_its_teachers_statistics_whatever_weights_it_begins_with(train, teacher):
+    first = train(max_steps=1)
+    pipeline = load_pipeline(first / "pipeline")
+    pipeline.unet.set_data_statistics(pipeline.unet.data_mean + 0.3, 0.5)
+    pipeline.save_pretrained(first / "pipeline")
+    second = weights(train("second", init_from=str(first / "pipeline"), max_steps=1))
+    expected = load_pipeline(teacher / "pipeline").unet
+    assert torch.equal(second["data_mean"], expected.data_mean) and torch.equal(second["data_std"], expected.data_std)
+
+
 def test_another_teacher_is_refused_when_a_run_goes_on(train, teacher):
     train(lr_schedule="constant")
     unet = load_pipeline(teacher / "pipeline").unet

@@ -67,6 +67,12 @@ class MixedBatches:
         splits = [store.indices("train") for store in stores]
         self.num_images = sum(map(len, splits))
         ends = np.rint(np.cumsum([0, *map(len, splits)]) * run.config.batch_size / max(1, self.num_images))
+        if not all(np.diff(ends)):
+            shares = ", ".join(f"{folder} {len(split)}" for folder, split in zip(run.config.data, splits, strict=True))
+            raise ValueError(
+                f"`batch_size` must leave every folder of `data` an image of each batch, got {run.config.batch_size} for"
+                f" these numbers of training images: {shares}; take larger batches, or leave the smallest folder out."
+            )
         settings = {name: getattr(run.accelerator, name) for name in ("device", "num_processes", "process_index")}
         settings |= {
             name: getattr(run.config, name) for name in ("seed", "resident", "num_workers", "repeat_threshold")

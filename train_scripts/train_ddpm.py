@@ -27,7 +27,6 @@ class DDPMConfig(DenoiserConfig):
     flip: bool = option(False, "mirror half of the images")
     init_from: str | None = option(None, "pipeline or network, also of other labels, whose weights are the first ones")
     compile: bool = option(False, "compile the network with torch.compile")
-    time_sampling: Literal["uniform", "logit-normal"] = option("logit-normal", "how training times are drawn")
     min_snr_gamma: float | None = option(None, "gamma of min-SNR weighting, 5 in its paper; none weighs all alike")
     label_dropout: float = option(0.1, "share of images trained without labels, which guidance needs")
     standardize: bool = option(True, "show the network images less their mean, at unit variance")

@@ -203,7 +203,7 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
     @property
     def bound(self) -> float:
         """A number that no absolute value of an image exceeds in the space of the network."""
-        return float((1 + self.data_mean.abs().max()) / self.data_std)
+        return (1 + float(self.data_mean.abs().max())) / float(self.data_std)
 
     def standardize(self, pixel_values: Tensor) -> Tensor:
         """Maps pixels (B, C, H, W) in [-1, 1] to the space of the network, where they have unit variance."""

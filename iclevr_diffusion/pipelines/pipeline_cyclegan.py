@@ -83,7 +83,7 @@ class CycleGANPipeline(LabelledPipeline, DiffusionPipeline):
         """Makes one batch (B, C, H, W) in [-1, 1], float32 on the CPU, of images in any form that a call accepts."""
         images = [image] if isinstance(image, PIL.Image.Image) else image
         if isinstance(images, (list, tuple)) and images and all(isinstance(item, PIL.Image.Image) for item in images):
-            mode = "L" if num_channels == 1 else "RGB"
+            mode = {1: "L", 3: "RGB", 4: "RGBA"}[num_channels]
             # Resized directly, without keeping the aspect, as training images are.
             images = [item.convert(mode).resize((size, size), PIL.Image.Resampling.BILINEAR) for item in images]
             images = np.stack([np.asarray(item).reshape(size, size, num_channels) for item in images])

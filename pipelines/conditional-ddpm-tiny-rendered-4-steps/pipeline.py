@@ -145,6 +145,7 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
         self._check_guidance(class_labels, guidance_scale, guidance_interval)
         self._check_guide()
         self._check_scheduler()
+        self._warn_of_early_start(num_steps)
         self._check_output_type(output_type)
         if not 0 <= num_states <= num_steps:
             raise ValueError(f"`num_states` must lie between 0 and the {num_steps} steps, got {num_states}.")
@@ -327,6 +328,21 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
                 stacklevel=4,
             )
 
+    def _warn_of_early_start(self, num_steps: int) -> None:
+        """Warns where the scheduler's first step expects much of an image, as there is only noise."""
+        if self.unet.config.prediction_type in ("flow", "edm"):
+            return
+        self.scheduler.set_timesteps(num_steps)
+        timesteps = self.scheduler.timesteps
+        signal = float(self.scheduler.alphas_cumprod[int(timesteps[0])]) ** 0.5
+        if signal > 0.2:
+            warnings.warn(
+                f"`num_inference_steps` {num_steps} makes {type(self.scheduler).__name__} begin where {signal:.0%}"
+                " of an image is left, but it begins with noise: images will be poor. Take a number of 20 or more that"
+                f" divides {self.scheduler.config.num_train_timesteps}, or a scheduler with timestep_spacing='trailing'.",
+                stacklevel=4,
+            )
+
     def _check_guide(self) -> None:
         if self.guide is None:
             return
@@ -410,7 +426,7 @@ class ConditionalDDPMPipeline(LabelledPipeline, DiffusionPipeline):
             )
         for option, reach in (("clip_sample", "clip_sample_range"), ("thresholding", "sample_max_value")):
             # The space of a network that standardizes reaches beyond [-1, 1].
-            if config.get(option) and config.get(reach, 1.0) < 0.999 * self.unet.bound:
+            if config.get(option) and config.get(reach, 1.0) < 0.98 * self.unet.bound:
                 raise ValueError(
                     f"`scheduler` must not clip images, got {name} with {option}=True and {reach}={config.get(reach)};"
                     f" make it by {name}.from_config(pipe.scheduler.config, {option}=False), or with {reach}="
