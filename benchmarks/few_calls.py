@@ -52,6 +52,7 @@ from yardstick import Yardstick, format_score
 
 from iclevr_diffusion import load_pipeline
 from iclevr_diffusion.call_options import call_options, takes
+from iclevr_diffusion.command_line import straight_path
 from iclevr_diffusion.data import open_store
 from iclevr_diffusion.environment import describe_environment
 from iclevr_diffusion.evaluate import pipeline_name
@@ -131,8 +132,8 @@ def make_scheduler(pipeline: DiffusionPipeline, sampler: str) -> SchedulerMixin:
     """
     config = pipeline.scheduler.config
     if pipeline.unet.config.prediction_type == "flow":
-        shift = config.get("shift", config.get("flow_shift", 1.0))
-        straight = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+        straight = straight_path(config)
+        shift = straight["flow_shift"]
         makers: dict[str, Callable[[], SchedulerMixin]] = {
             "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=shift),
             "euler-even": lambda: DPMSolverMultistepScheduler(solver_order=1, **straight),

@@ -2,6 +2,8 @@
 
 import argparse
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import diffusers
 import torch
@@ -63,6 +65,15 @@ def open_pipeline(args: argparse.Namespace, device: str | torch.device | None) -
     return pipeline
 
 
+def straight_path(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings by which diffusers' solvers follow the path of a flow model that has a scheduler of `config`.
+
+    What FlowMatch schedulers call `shift` is `flow_shift` here.
+    """
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    return {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+
+
 def make_scheduler(name: str, pipeline: DiffusionPipeline) -> diffusers.SchedulerMixin:
     """Makes the named scheduler of diffusers with the noise schedule of the pipeline's own one."""
     scheduler_class = getattr(diffusers, name, None)
@@ -77,10 +88,9 @@ def make_scheduler(name: str, pipeline: DiffusionPipeline) -> diffusers.Schedule
     if "clip_sample" in accepted:
         overrides["clip_sample"] = config.get("clip_sample", False)  # diffusers clips by default, to [-1, 1]
     if pipeline.unet.config.prediction_type == "flow":
-        # What FlowMatch schedulers call `shift` is `flow_shift` of those that know straight paths by these settings.
-        shift = config.get("shift", config.get("flow_shift", 1.0))
+        straight = straight_path(config)
         if "use_flow_sigmas" in accepted:
-            overrides |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+            overrides |= straight
         elif "shift" in accepted:
-            overrides["shift"] = shift
+            overrides["shift"] = straight["flow_shift"]
     return scheduler_class.from_config(config, **overrides)

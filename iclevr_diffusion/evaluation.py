@@ -447,9 +447,8 @@ class Evaluator:
     def _settings(self) -> dict[str, Any]:
         scheduler = None
         if hasattr(self.pipeline, "scheduler"):
-            scheduler = json.loads(
-                self.pipeline.scheduler.to_json_string(), parse_constant=str
-            )  # JSON has no infinity
+            # JSON has no infinity, though the scheduler writes one.
+            scheduler = json.loads(self.pipeline.scheduler.to_json_string(), parse_constant=str)
             scheduler.pop("_diffusers_version", None)
         settings = {
             "class": type(self.pipeline).__name__,

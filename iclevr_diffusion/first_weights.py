@@ -7,6 +7,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
+from iclevr_diffusion.files import read_json
 from iclevr_diffusion.loading import find_folder, load_model
 
 _OTHER_NETWORK = (
@@ -124,7 +125,7 @@ def _find_model(model: ModelMixin, source: str | Path) -> tuple[Path, list[str] 
     """Finds the folder of a model of the same class, and the names of the labels where a pipeline gives them."""
     folder, kind, label_names = find_folder(source), type(model).__name__, None
     if (folder / "model_index.json").exists():
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = read_json(folder / "model_index.json")
         names = index.get("label_names") or {}
         label_names = [names[str(i)] for i in range(len(names))]  # the file has them in the order 0, 1, 10, 11, ...
         parts = {name: entry[-1] for name, entry in index.items() if isinstance(entry, list) and name[0] != "_"}
@@ -136,7 +137,7 @@ def _find_model(model: ModelMixin, source: str | Path) -> tuple[Path, list[str] 
         folder = folder / next(name for name, part in parts.items() if part == kind)
     if not (folder / "config.json").exists():
         raise ValueError(f"`source` must be a pipeline's or a model's, got {source}, which has no config.json.")
-    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    found = read_json(folder / "config.json").get("_class_name")
     if found != kind:
         raise ValueError(f"`source` {source} must hold a {kind}, got a {found}; {_OTHER_NETWORK}.")
     return folder, label_names

@@ -34,7 +34,7 @@ ARROWS = {
     "environment": set(),
     "files": set(),
     "conversion": {"labels", "models"},
-    "first_weights": {"loading"},
+    "first_weights": {"files", "loading"},
     "training": {"checkpoint", "config", "environment", "files", "first_weights", "provenance"},
     "training_data": {"config", "data", "protocols", "rendering", "training"},
     "protocols": {"data", "labels"},
