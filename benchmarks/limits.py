@@ -47,7 +47,10 @@ from iclevr_diffusion.models.unet_multilabel import PRESETS
 SCHEMA_VERSION = 1
 RESOLUTION, NUM_CLASSES = 64, 24
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BATCH_SIZES = {"cpu": {"tiny": 16, "base": 8, "reported": 2}, "cuda": {"tiny": 512, "base": 256, "reported": 64}}
+BATCH_SIZES = {
+    "cpu": {"tiny": 16, "tokens": 32, "base": 8, "reported": 2},
+    "cuda": {"tiny": 512, "tokens": 1024, "base": 256, "reported": 64},
+}
 MATRIX_SIZES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}
 CONVOLUTION = {
     "kernel_size": 3,

@@ -96,6 +96,8 @@ def test_edm_is_drawn_by_its_own_scheduler_at_the_papers_noise():
         ({"prediction_type": "edm", "network": "small"}, "`prediction_type` must not be edm for the network small"),
         ({"prediction_type": "edm", "num_train_timesteps": 500}, "`num_train_timesteps` must be 1000 where .* edm"),
         ({"label_encoding": "tokens", "network": "small"}, "`label_encoding` must be left out for the network small"),
+        ({"network_output": "sample", "network": "small"}, "`network_output` must be left out for the network small"),
+        ({"network_output": "sample", "prediction_type": "edm"}, "`network_output` must be `prediction` unless"),
         ({"sampler": "ddpm"}, "`sampler` must be left out where `prediction_type` is flow"),
         ({"beta_schedule": "linear", "prediction_type": "edm"}, "`beta_schedule` must be left out .* is edm"),
         (

@@ -8,12 +8,13 @@ from iclevr_diffusion.distillation import Prompts, Teacher, make_flow_solver, ma
 from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
 
 SIZES = {"num_classes": 24, "sample_size": 16, "block_out_channels": (8, 16), "attention_head_dim": 8}
+KINDS = {"linear": {}, "of tokens and images": {"label_encoding": "tokens", "network_output": "sample", "attention_levels": (1,)}}
 
 
-@pytest.fixture
-def pipeline():
+@pytest.fixture(params=KINDS)
+def pipeline(request):
     torch.manual_seed(0)
-    unet = MultiLabelUNet2DModel(**SIZES, prediction_type="flow", null_condition=True).eval()
+    unet = MultiLabelUNet2DModel(**SIZES, **KINDS[request.param], prediction_type="flow", null_condition=True).eval()
     unet.set_data_statistics(torch.full((3, 1, 1), 0.1), 0.2)
     torch.nn.init.normal_(unet.null_embedding)
     return ConditionalDDPMPipeline(unet, FlowMatchEulerDiscreteScheduler(shift=4), list(ICLEVR_LABELS.names), 20, 3.0)

@@ -65,9 +65,10 @@ def test_bytes_are_those_of_every_operation_but_views():
     assert counter.num_bytes == 4 * (12 + 12) + 4 * (12 + 3 + 12)
 
 
-def test_a_preset_is_counted_without_memory_for_it():
-    counts = limits.count_preset("tiny")
-    network = MultiLabelUNet2DModel.from_preset("tiny", num_classes=24, null_condition=True)
+@pytest.mark.parametrize("preset", ["tiny", "tokens"])
+def test_a_preset_is_counted_without_memory_for_it(preset):
+    counts = limits.count_preset(preset)
+    network = MultiLabelUNet2DModel.from_preset(preset, num_classes=24, null_condition=True)
     assert counts["num_parameters"] == sum(weight.numel() for weight in network.parameters())
     assert counts["megabytes_of_weights"] * 1e6 == 4 * counts["num_parameters"]
     assert 2.8 < counts["gigaflop_to_train_on_an_image"] / counts["gigaflop_a_call"] < 3

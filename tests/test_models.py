@@ -38,6 +38,7 @@ MODELS: dict[str, Callable[[], MultiLabelUNet2DModel]] = {
     "gray": lambda: make_unet(in_channels=1),
     "of tokens": lambda: make_unet(label_encoding="tokens"),
     "of tokens with a null row": lambda: make_unet(label_encoding="tokens", null_condition=True, patch_size=2),
+    "of images": lambda: make_unet(prediction_type="flow", network_output="sample", patch_size=2),
     "preconditioned": lambda: make_unet(prediction_type="edm"),
     "with transparency": lambda: make_unet(in_channels=4, sample_size=24),
 }
@@ -163,13 +164,38 @@ def test_times_of_a_preconditioned_network_are_spread_before_they_are_embedded()
     )
 
 
-def test_linear_labels_leave_an_older_weights_hash_alone():
+def test_a_velocity_follows_from_the_image_that_a_network_puts_out():
+    of_images = make_unet(prediction_type="flow", network_output="sample").eval()
+    plain = make_unet(prediction_type="flow").eval()
+    sample, _, class_labels = make_inputs()
+    timestep = torch.tensor([200.0, 900.0])
+    x_0 = plain(sample, timestep, class_labels).sample
+    velocity = of_images(sample, timestep, class_labels).sample
+    assert_close(sample - timestep.view(-1, 1, 1, 1) / 1000 * velocity, x_0)
+    noise = (sample - (1 - 0.9) * x_0) / 0.9
+    assert_close(velocity[1], (noise - x_0)[1])
+    for one in (900.0, 900, torch.tensor(900.0)):  # of all images
+        assert_close(of_images(sample, one, class_labels).sample[1], velocity[1])
+
+
+def test_next_to_the_clean_image_a_velocity_stays_finite():
+    unet, plain = (make_unet(prediction_type="flow", network_output=kind).eval() for kind in ("sample", "prediction"))
+    sample, _, class_labels = make_inputs()
+    expected = (sample - plain(sample, 0, class_labels).sample) / 0.05
+    assert_close(unet(sample, 0, class_labels).sample, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "older", "other"),
+    [("label_encoding", "linear", "tokens"), ("network_output", "prediction", "sample")],
+)
+def test_later_arguments_leave_an_older_weights_hash_alone(name, older, other):
     unet = make_unet()
-    assert unet.config.label_encoding == "linear"
+    assert unet.config[name] == older
     before = weights_sha256(unet)
-    unet.register_to_config(label_encoding="tokens")
+    unet.register_to_config(**{name: other})
     assert weights_sha256(unet) != before
-    unet._internal_dict = type(unet.config)({key: unet.config[key] for key in unet.config if key != "label_encoding"})
+    unet._internal_dict = type(unet.config)({key: unet.config[key] for key in unet.config if key != name})
     assert weights_sha256(unet) == before
 
 
@@ -219,6 +245,7 @@ def test_statistics_that_do_not_fit_are_refused(mean, std, message):
         ("reported", 113_673_219 + 24 * 512 + 512),
         ("base", 13_521_644),
         ("tiny", 5_964_816),
+        ("tokens", 6_117_312),
     ],
 )
 def test_a_preset_keeps_its_size(name, num_parameters):
@@ -266,6 +293,8 @@ def test_a_preset_takes_other_arguments_and_other_names_are_refused():
         ({"attention_head_dim": 24}, "attention_head_dim = 24, got 32"),
         ({"prediction_type": "noise"}, "`prediction_type`"),
         ({"label_encoding": "text"}, "`label_encoding` must be `linear` or `tokens`, got 'text'"),
+        ({"network_output": "image"}, "`network_output` must be `prediction` or `sample`, got 'image'"),
+        ({"network_output": "sample"}, "`network_output` must be .* is `flow`, .* got 'sample' and 'epsilon'"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_way_out(kwargs, message):

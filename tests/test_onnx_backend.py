@@ -327,10 +327,11 @@ TWO_HEADS = {"block_out_channels": (8, 16), "attention_levels": (1,), "attention
     [
         ({"prediction_type": "edm"}, EDMDPMSolverMultistepScheduler(sigma_data=1.0)),
         ({"label_encoding": "tokens"} | TWO_HEADS, FlowMatchEulerDiscreteScheduler(shift=4.0)),
+        ({"prediction_type": "flow", "network_output": "sample"}, FlowMatchEulerDiscreteScheduler(shift=4.0)),
     ],
-    ids=["preconditioned", "of tokens"],
+    ids=["preconditioned", "of tokens", "of images"],
 )
-def test_preconditioned_networks_and_those_of_tokens_draw_as_under_torch(pipeline, graphs, changes, scheduler):
+def test_networks_of_every_kind_draw_as_under_torch(pipeline, graphs, changes, scheduler):
     torch.manual_seed(0)
     unet = MultiLabelUNet2DModel.from_config({**pipeline.unet.config, **changes}).eval()
     torch.nn.init.normal_(unet.class_embedding.weight, std=3.0)

@@ -711,6 +711,10 @@ def test_weights_of_another_shape_label_order_or_target_are_refused(tmp_path, ti
         load_weights(tiny_pipeline.unet, tmp_path, tiny_pipeline.vocabulary.names[::-1])
     with pytest.raises(ValueError, match="must hold a model that predicts 'flow', got 'epsilon'"):
         load_weights(make(**{**config, "prediction_type": "flow"}), tmp_path)
+    of_images = make(**{**config, "prediction_type": "flow", "network_output": "sample"})
+    make(**{**config, "prediction_type": "flow"}).save_pretrained(tmp_path / "flow")
+    with pytest.raises(ValueError, match="whose network puts out the sample, got one that puts out the prediction"):
+        load_weights(of_images, tmp_path / "flow")
     with pytest.raises(ValueError, match=r"1 tensors differ: null_embedding \(32,\) there, None here"):
         load_weights(make(**{**config, "null_condition": False}), tmp_path)
     there, here = config["block_out_channels"], (16, 64)
