@@ -3,8 +3,9 @@
     python benchmarks/sweeps.py --out outputs/sweeps --tflop 12
     python benchmarks/sweeps.py --out outputs/sweeps --minutes 3 --only base "shift 1" "shift 4"
 
-The variants are those of `sweeps.yaml`. Each is trained by train_scripts/train_ddpm.py on rendered scenes of one and two
-objects, 32x32 pixels: for so many steps that all have the same number of operations, counted in their networks, or take
+The variants are those of `sweeps.yaml`, on scenes of 32x32 pixels with one and two objects; `--variants
+benchmarks/sweeps_64.yaml --results benchmarks/results/sweeps_64.json` has others, on scenes of 64x64 pixels with up to
+three. Each is trained by train_scripts/train_ddpm.py on rendered scenes: for so many steps that all have the same number of operations, counted in their networks, or take
 the same time (`--minutes`), told by a short trial; so the learning rate of each ends its whole course. A judge that
 taught none of them reads images of 100 label sets, drawn by the averaged weights, and compares them with scenes that no
 variant was trained on. Variants are ranked by the mean over seeds of the top-k, and by that of the kernel and the Frechet
@@ -48,8 +49,6 @@ from iclevr_diffusion.rendering import render_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCHEMA_VERSION = 1
-RESOLUTION, MAX_OBJECTS = 32, 2
-NUM_SCENES, NUM_OTHER_SCENES = 2000, 1000  # to train on, and to compare with
 TRIAL_STEPS = 30
 SMOOTHED = 10  # the trial's last steps, by which its speed is told
 # Which way is better.
@@ -57,6 +56,23 @@ METRICS = {"top_k": 1, "exact_match": 1, "kernel_distance": -1, "frechet_distanc
 RANKED_BY = ("top_k", "kernel_distance", "frechet_distance")
 NUM_SHOWN = 8
 WAYS = {"trained_as", "call", "average", "guide"}  # of drawing from what another variant has trained
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What is rendered.
+
+    Args:
+        resolution: Height and width in pixels.
+        max_objects: Most objects of a scene; images show one, two and so on.
+        num_train: Scenes to train on.
+        num_compared: Other scenes, with which drawn images are compared.
+    """
+
+    resolution: int
+    max_objects: int
+    num_train: int
+    num_compared: int
 
 
 @dataclass(frozen=True)
@@ -88,15 +104,18 @@ class Variant:
         return self.call | {key: value for key, value in ways.items() if value is not None}
 
 
-def read_variants(path: Path) -> dict[str, Variant]:
-    """Reads a list of variants.
+def read_variants(path: Path) -> tuple[Scenes, dict[str, Variant]]:
+    """Reads a list of variants and the scenes that they are trained on.
 
     Raises:
         ValueError: If the file is not of the form of `sweeps.yaml`.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or set(content) != {"base", "variants"}:
-        raise ValueError(f"{path} must hold `base` and `variants`, each a mapping.")
+    if not isinstance(content, dict) or set(content) != {"scenes", "base", "variants"}:
+        raise ValueError(f"{path} must hold `scenes`, `base` and `variants`, each a mapping.")
+    fields = [item.name for item in dataclasses.fields(Scenes)]
+    if not isinstance(content["scenes"], dict) or set(content["scenes"]) != set(fields):
+        raise ValueError(f"{path}: `scenes` must hold {', '.join(fields)} and nothing else, got {content['scenes']}.")
     entries = {str(name): dict(entry or {}) for name, entry in content["variants"].items()}
     trained = {
         name: Variant(
@@ -129,13 +148,13 @@ def read_variants(path: Path) -> dict[str, Variant]:
     folders = {_folder_name(name) for name in variants}
     if len(folders) != len(variants):
         raise ValueError(f"{path}: the names of variants must differ in letters and digits.")
-    return variants
+    return Scenes(**content["scenes"]), variants
 
 
 def network_config(recipe: Mapping[str, Any]) -> DenoiserConfig:
     """Returns what a recipe says of network and batches."""
     names = {item.name for item in dataclasses.fields(DenoiserConfig)}
-    return DenoiserConfig(**{name: recipe[name] for name in recipe if name in names} | {"resolution": RESOLUTION})
+    return DenoiserConfig(**{name: recipe[name] for name in recipe if name in names})
 
 
 def images_a_step(recipe: Mapping[str, Any]) -> int:
@@ -144,12 +163,13 @@ def images_a_step(recipe: Mapping[str, Any]) -> int:
     return config.batch_size * config.gradient_accumulation_steps
 
 
-def count_flop(recipe: Mapping[str, Any]) -> int:
+def count_flop(recipe: Mapping[str, Any], resolution: int) -> int:
     """Counts the operations, two for each multiplication and its sum, of the network in one step, there and back."""
+    config = network_config({**recipe, "resolution": resolution})
     num_classes, has_null = len(ICLEVR_LABELS), recipe.get("label_dropout", 0.1) > 0
     with torch.device("meta"):
-        network = make_denoiser(network_config(recipe), num_classes, 3, null_condition=has_null, empty_condition=False)
-        inputs = (torch.zeros(1, 3, RESOLUTION, RESOLUTION), torch.zeros(1), torch.zeros(1, num_classes))
+        network = make_denoiser(config, num_classes, 3, null_condition=has_null, empty_condition=False)
+        inputs = (torch.zeros(1, 3, resolution, resolution), torch.zeros(1), torch.zeros(1, num_classes))
     return count_operations(network, inputs, backward=True) * images_a_step(recipe)
 
 
@@ -157,6 +177,7 @@ class Sweep:
     """Trains and measures rows, each a variant and a seed.
 
     Args:
+        scenes: What is rendered.
         variants: The variants by name.
         out: Folder of scenes, runs and records.
         judge: Name or folder of the judge.
@@ -164,11 +185,11 @@ class Sweep:
         minutes: Minutes of a training, in the place of operations.
         num_conditions: Label sets drawn.
         images_a_condition: Images of each.
-        num_scenes: Scenes to train on, and to compare with.
     """
 
     def __init__(
         self,
+        scenes: Scenes,
         variants: Mapping[str, Variant],
         out: Path,
         *,
@@ -177,12 +198,12 @@ class Sweep:
         minutes: float | None = None,
         num_conditions: int = 100,
         images_a_condition: int = 4,
-        num_scenes: tuple[int, int] = (NUM_SCENES, NUM_OTHER_SCENES),
     ) -> None:
-        self.variants, self.out, self.tflop, self.minutes = variants, out, tflop, minutes
-        look = {"size": RESOLUTION, "max_objects": MAX_OBJECTS}
-        self.scenes = render_dataset(out / "scenes", num_scenes[0], seed=0, **look)
-        others = open_store(render_dataset(out / "other_scenes", num_scenes[1], seed=1, **look), resolution=RESOLUTION)
+        self.scenes, self.variants, self.out, self.tflop, self.minutes = scenes, variants, out, tflop, minutes
+        look = {"size": scenes.resolution, "max_objects": scenes.max_objects}
+        self._data = render_dataset(out / "scenes", scenes.num_train, seed=0, **look)
+        others = render_dataset(out / "other_scenes", scenes.num_compared, seed=1, **look)
+        others = open_store(others, resolution=scenes.resolution)
         self.yardstick = Yardstick(
             others,
             others.indices("all"),
@@ -216,7 +237,7 @@ class Sweep:
                 for image in pixel_values[:: self.yardstick.images_a_condition]
             ]
             save_png(make_strip(shown[:NUM_SHOWN]), path.with_suffix(".png"), {"variant": name, "seed": seed})
-            cost = {"num_steps": num_steps, "tflop": num_steps * count_flop(variant.recipe) / 1e12}
+            cost = {"num_steps": num_steps, "tflop": num_steps * self._flop(variant) / 1e12}
             cost |= json.loads((folder / "trained.json").read_text())
             if variant.guide is not None:  # whose training is a part of the cost
                 guide = self.record(variant.guide, seed)
@@ -264,10 +285,13 @@ class Sweep:
         name = f"{_folder_name(variant.name)}-{self._measure}-{_digest(variant.drawing)}.json"
         return self._run_folder(variant, seed) / "records" / name
 
+    def _flop(self, variant: Variant) -> int:
+        return count_flop(variant.recipe, self.scenes.resolution)
+
     def _num_steps(self, variant: Variant) -> int:
         """Says how many steps a variant may take."""
         if self.minutes is None:
-            return max(1, round(variant.share * self.tflop * 1e12 / count_flop(variant.recipe)))
+            return max(1, round(variant.share * self.tflop * 1e12 / self._flop(variant)))
         path = self.out / "trials" / f"{_folder_name(variant.trained_as)}-{_digest(variant.recipe)}.json"
         if not path.exists():
             folder = path.with_suffix("")
@@ -291,7 +315,12 @@ class Sweep:
             ValueError: If the training fails.
         """
         fields = {"log_every": 50, "save_every": 500} | recipe
-        fields |= {"output_dir": str(folder), "data": str(self.scenes), "resolution": RESOLUTION, "seed": seed}
+        fields |= {
+            "output_dir": str(folder),
+            "data": str(self._data),
+            "resolution": self.scenes.resolution,
+            "seed": seed,
+        }
         fields |= {"max_steps": num_steps, "sample_every": 0, "score_every": 0}
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "recipe.yaml", yaml.safe_dump(fields, sort_keys=False))
@@ -414,13 +443,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     failed: list[str] = []
     try:
-        variants = read_variants(arguments.variants)
+        scenes, variants = read_variants(arguments.variants)
         names = list(variants) if arguments.only is None else arguments.only
         if strangers := [name for name in names if name not in variants]:
             raise ValueError(
                 f"`only` must name variants of {arguments.variants} ({', '.join(variants)}), got {', '.join(strangers)}."
             )
-        sweep = Sweep(variants, arguments.out, judge=arguments.judge, tflop=arguments.tflop, minutes=arguments.minutes)
+        budget = {"tflop": arguments.tflop, "minutes": arguments.minutes}
+        sweep = Sweep(scenes, variants, arguments.out, judge=arguments.judge, **budget)
         for seed in arguments.seeds:
             for name in names:
                 if not arguments.table:
@@ -454,8 +484,8 @@ def write_results(sweep: Sweep, arguments: argparse.Namespace) -> None:
         "schema_version": SCHEMA_VERSION,
         "what": "Variants of a diffusion model trained at equal cost, means over seeds.",
         "budget": budget,
-        "resolution": RESOLUTION,
-        "max_objects": MAX_OBJECTS,
+        "resolution": sweep.scenes.resolution,
+        "max_objects": sweep.scenes.max_objects,
         "judge": arguments.judge,
         "num_images": len(sweep.yardstick.drawn_labels),
         "real_images": real,
@@ -474,14 +504,15 @@ def write_results(sweep: Sweep, arguments: argparse.Namespace) -> None:
     environment = result["environment"]
     summary = (
         f"Written by `benchmarks/sweeps.py`: variants trained for {cost} each on {environment['machine']},"
-        f" {RESOLUTION}x{RESOLUTION} pixels, one and two objects; means over seeds and standard deviations. Real images"
+        f" {sweep.scenes.resolution}x{sweep.scenes.resolution} pixels, one to"
+        f" {sweep.scenes.max_objects} objects; means over seeds and standard deviations. Real images"
         f" give the judge {arguments.judge} top-k {real['top_k']:.3f}, exact {real['exact_match']:.3f}."
     )
     write_text(arguments.results.with_suffix(".md"), render_table(rows, missing, summary))
     if rows:
         captions = [row["variant"] for row in rows]
         strips = [[sweep.strip(row["variant"], row["seeds"][0])] for row in rows]
-        sheet = make_table(strips, captions, min_width=2 * RESOLUTION * NUM_SHOWN)
+        sheet = make_table(strips, captions, min_width=2 * sweep.scenes.resolution * NUM_SHOWN)
         save_png(sheet, arguments.results.with_suffix(".png"), {"rows": captions, "labels": sweep.shown_labels})
 
 

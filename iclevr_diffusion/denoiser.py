@@ -45,7 +45,9 @@ class DenoiserConfig(DataConfig):
     network: Literal["unet2d", "small"] = option(
         "unet2d", "diffusers' U-Net, or a small one around a code of few cells"
     )
-    preset: Literal["reported", "base", "tiny", "tokens"] = option("tiny", "size of unet2d; the next seven fields change parts")
+    preset: Literal["reported", "base", "tiny", "tokens"] = option(
+        "tiny", "size of unet2d; the next seven fields change parts"
+    )
     patch_size: int | None = option(None, "side of the squares of pixels that are folded into channels")
     block_out_channels: tuple[int, ...] | None = option(None, "channels per level, finest first")
     layers_per_block: int | None = option(None, "residual blocks per level")
@@ -55,7 +57,8 @@ class DenoiserConfig(DataConfig):
         None, "of unet2d: labels are added to the time (linear, if not given), or attended to as tokens"
     )
     network_output: Literal["prediction", "sample"] | None = option(
-        None, "of unet2d: it puts out what it predicts (if not given), or the image, from which a flow's velocity follows"
+        None,
+        "of unet2d: it puts out what it predicts (if not given), or the image, from which a flow's velocity follows",
     )
     base_channels: int | None = option(None, "of small: channels of the finest level, 256 if not given")
     num_levels: int | None = option(None, "of small: levels below the finest, 2 if not given")

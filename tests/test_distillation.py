@@ -8,7 +8,10 @@ from iclevr_diffusion.distillation import Prompts, Teacher, make_flow_solver, ma
 from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
 
 SIZES = {"num_classes": 24, "sample_size": 16, "block_out_channels": (8, 16), "attention_head_dim": 8}
-KINDS = {"linear": {}, "of tokens and images": {"label_encoding": "tokens", "network_output": "sample", "attention_levels": (1,)}}
+KINDS = {
+    "linear": {},
+    "of tokens and images": {"label_encoding": "tokens", "network_output": "sample", "attention_levels": (1,)},
+}
 
 
 @pytest.fixture(params=KINDS)

@@ -13,6 +13,7 @@ from iclevr_diffusion.models.classifier_small import SmallLabelClassifier
 sweeps = load_benchmark("sweeps")
 
 LIST = """
+scenes: {resolution: 32, max_objects: 2, num_train: 2, num_compared: 2}
 base: {preset: tiny, block_out_channels: [8, 16], attention_levels: [], attention_head_dim: 8, batch_size: 2}
 variants:
   base: {}
@@ -24,10 +25,13 @@ variants:
 """
 
 
+SCENES = sweeps.Scenes(resolution=32, max_objects=2, num_train=2, num_compared=2)
+
+
 @pytest.fixture
 def variants(tmp_path):
     (tmp_path / "sweeps.yaml").write_text(LIST)
-    return sweeps.read_variants(tmp_path / "sweeps.yaml")
+    return sweeps.read_variants(tmp_path / "sweeps.yaml")[1]
 
 
 @pytest.fixture
@@ -41,8 +45,8 @@ def make_sweep(variants, tmp_path, monkeypatch):
     sweep_class = sweeps.Sweep
 
     def make(**budget):
-        few = {"num_conditions": 2, "images_a_condition": 2, "num_scenes": (2, 2)}
-        return sweep_class(variants, tmp_path / "out", judge=str(tmp_path / "judge"), **few, **budget)
+        few = {"num_conditions": 2, "images_a_condition": 2}
+        return sweep_class(SCENES, variants, tmp_path / "out", judge=str(tmp_path / "judge"), **few, **budget)
 
     return make
 
@@ -79,14 +83,21 @@ def test_a_list_of_variants_is_read(variants):
     assert variants["longer"].drawing == {"average": 0.1}
 
 
-def test_the_list_that_comes_along_names_trainings_that_the_script_takes():
+@pytest.mark.parametrize("name", ["sweeps", "sweeps_64"])
+def test_the_lists_that_come_along_name_trainings_that_the_script_takes(name):
     train_ddpm = load_module(sweeps.REPOSITORY / "train_scripts" / "train_ddpm.py")
-    variants = sweeps.read_variants(sweeps.REPOSITORY / "benchmarks" / "sweeps.yaml")
+    scenes, variants = sweeps.read_variants(sweeps.REPOSITORY / "benchmarks" / f"{name}.yaml")
     for variant in variants.values():
-        config = train_ddpm.DDPMConfig(**variant.recipe, resolution=sweeps.RESOLUTION)
+        config = train_ddpm.DDPMConfig(**variant.recipe, resolution=scenes.resolution)
         with torch.device("meta"):
             sweeps.make_denoiser(config, 24, 3, null_condition=True, empty_condition=False)
-    costs = {name: sweeps.count_flop(variants[name].recipe) for name in ("width 16", "base", "patch 1", "guidance 5")}
+
+
+def test_a_wider_network_of_more_cells_costs_more_and_another_way_of_drawing_nothing():
+    _, variants = sweeps.read_variants(sweeps.REPOSITORY / "benchmarks" / "sweeps.yaml")
+    names = ("width 16", "base", "patch 1", "guidance 5")
+    costs = {name: sweeps.count_flop(variants[name].recipe, 32) for name in names}
+    assert sweeps.count_flop(variants["base"].recipe, 64) > 4 * costs["base"]
     assert costs["width 16"] < costs["base"] < costs["patch 1"]
     assert costs["guidance 5"] == costs["base"]
 
@@ -94,7 +105,8 @@ def test_the_list_that_comes_along_names_trainings_that_the_script_takes():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("variants: {}", "must hold `base` and `variants`"),
+        ("variants: {}", "must hold `scenes`, `base` and `variants`"),
+        ("{scenes: {}, base: {}, variants: {}}", "`scenes` must hold resolution, max_objects, .* got {}"),
         ("{base: {}, variants: {a: {trained_as: b, call: {}}}}", "'a' must have `trained_as`, which names a variant"),
         ("{base: {}, variants: {a: , b: {trained_as: a, seed: 1}}}", "'b' must have `trained_as`"),
         ("{base: {}, variants: {a: , b: {trained_as: a, guide: c}}}", "'b' must have `trained_as`"),
@@ -104,7 +116,8 @@ def test_the_list_that_comes_along_names_trainings_that_the_script_takes():
     ],
 )
 def test_a_list_that_is_none_is_refused(tmp_path, text, message):
-    (tmp_path / "sweeps.yaml").write_text(text)
+    scenes = "{scenes: {resolution: 32, max_objects: 2, num_train: 2, num_compared: 2}, base"
+    (tmp_path / "sweeps.yaml").write_text(text.replace("{base", scenes))
     with pytest.raises(ValueError, match=message):
         sweeps.read_variants(tmp_path / "sweeps.yaml")
 
@@ -114,12 +127,13 @@ def test_attention_counts_by_hand(variants):
     # Three more attention layers in the finest level, of 8 channels and 64 tokens: four matrices of 8x8 for each
     # token, and two products of all pairs of tokens; two operations each, once there and twice back, of two images.
     more = 3 * (4 * 64 * 8 * 8 + 2 * 64 * 64 * 8) * 2 * 3 * 2
-    assert sweeps.count_flop(recipe | {"attention_levels": [0]}) - sweeps.count_flop(recipe) == more
-    assert sweeps.count_flop(recipe | {"gradient_accumulation_steps": 3}) == 3 * sweeps.count_flop(recipe)
+    once = sweeps.count_flop(recipe, 32)
+    assert sweeps.count_flop(recipe | {"attention_levels": [0]}, 32) - once == more
+    assert sweeps.count_flop(recipe | {"gradient_accumulation_steps": 3}, 32) == 3 * once
 
 
 def test_a_row_is_trained_and_measured_once_and_shared_by_other_ways_of_drawing(make_sweep, variants, trained):
-    flop = sweeps.count_flop(variants["base"].recipe)
+    flop = sweeps.count_flop(variants["base"].recipe, 32)
     sweep = make_sweep(tflop=5 * flop / 1e12)
     assert sweep.record("base", 0, run=False) is None
     record = sweep.record("base", 0)
@@ -140,11 +154,11 @@ def test_a_row_is_trained_and_measured_once_and_shared_by_other_ways_of_drawing(
 
 
 def test_a_guide_and_an_average_change_the_drawing_and_a_guides_training_is_paid_for(make_sweep, variants, trained):
-    flop = sweeps.count_flop(variants["base"].recipe)
+    flop = sweeps.count_flop(variants["base"].recipe, 32)
     sweep = make_sweep(tflop=20 * flop / 1e12)
     base = sweep.record("base", 0)
     record = sweep.record("led away", 0)
-    weak_steps = round(0.2 * 20 * flop / sweeps.count_flop(variants["weak"].recipe))
+    weak_steps = round(0.2 * 20 * flop / sweeps.count_flop(variants["weak"].recipe, 32))
     assert [steps for _, _, steps in trained] == [20, weak_steps]
     weak = sweep.record("weak", 0)
     assert record["tflop"] == pytest.approx(base["tflop"] + weak["tflop"]) and record["seconds"] == 120.0
@@ -197,7 +211,9 @@ def test_variants_are_ranked_by_means_over_seeds():
 
 
 def test_the_command_writes_a_table_and_lists_what_is_missing(make_sweep, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "Sweep", lambda variants, out, *, judge, tflop, minutes: make_sweep(tflop=tflop))
+    monkeypatch.setattr(
+        sweeps, "Sweep", lambda scenes, variants, out, *, judge, tflop, minutes: make_sweep(tflop=tflop)
+    )
     monkeypatch.setattr(sweeps.signal, "signal", lambda *_: None)
     results = tmp_path / "results.json"
     arguments = ["--variants", tmp_path / "sweeps.yaml", "--only", "base", "guided", "--seeds", 0, "--tflop", 0.001]
@@ -213,7 +229,7 @@ def test_the_command_writes_a_table_and_lists_what_is_missing(make_sweep, traine
 
 @pytest.mark.slow
 def test_a_row_is_trained_by_the_script(make_sweep, variants):
-    sweep = make_sweep(tflop=2 * sweeps.count_flop(variants["base"].recipe) / 1e12)
+    sweep = make_sweep(tflop=2 * sweeps.count_flop(variants["base"].recipe, 32) / 1e12)
     assert sweep.record("base", 0)["num_steps"] == 2
 
 
