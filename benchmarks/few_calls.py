@@ -114,7 +114,7 @@ def make_scheduler(pipeline: DiffusionPipeline, sampler: str) -> SchedulerMixin:
     """Makes a scheduler for a pipeline's network, on the noise schedule of the pipeline's own.
 
     - `euler`: straight steps. For a flow these are diffusers' own times, the last of which lies next to 0: of few steps
-      one changes next to nothing. Otherwise it is DDIM, on the pipeline's times.
+      one changes next to nothing, but for networks that put out images. Otherwise it is DDIM, on the pipeline's times.
     - `euler-even`: for a flow, straight steps on the times of `dpm-solver++`, which divide the way evenly before they
       are shifted.
     - `heun`: two looks a step, of which the second corrects the first.

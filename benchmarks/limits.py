@@ -394,7 +394,7 @@ def start_record(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Measures, prints and writes the result; what a user gave wrongly ends it with one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", choices=tuple(PRESETS), default=["tiny", "base", "reported"])
+    parser.add_argument("--presets", nargs="+", choices=tuple(PRESETS), default=list(PRESETS))
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
     )

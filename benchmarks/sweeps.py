@@ -4,8 +4,7 @@
     python benchmarks/sweeps.py --out outputs/sweeps --minutes 3 --only base "shift 1" "shift 4"
 
 The variants are those of `sweeps.yaml`, on scenes of 32x32 pixels with one and two objects; `--variants
-benchmarks/sweeps_64.yaml --results benchmarks/results/sweeps_64.json` has others, on scenes of 64x64 pixels with up to
-three. Each is trained by train_scripts/train_ddpm.py on rendered scenes: for so many steps that all have the same number of operations, counted in their networks, or take
+benchmarks/sweeps_64.yaml` has others, on scenes of 64x64 pixels with up to three. Each is trained by train_scripts/train_ddpm.py on rendered scenes: for so many steps that all have the same number of operations, counted in their networks, or take
 the same time (`--minutes`), told by a short trial; so the learning rate of each ends its whole course. A judge that
 taught none of them reads images of 100 label sets, drawn by the averaged weights, and compares them with scenes that no
 variant was trained on. Variants are ranked by the mean over seeds of the top-k, and by that of the kernel and the Frechet
@@ -116,6 +115,8 @@ def read_variants(path: Path) -> tuple[Scenes, dict[str, Variant]]:
     fields = [item.name for item in dataclasses.fields(Scenes)]
     if not isinstance(content["scenes"], dict) or set(content["scenes"]) != set(fields):
         raise ValueError(f"{path}: `scenes` must hold {', '.join(fields)} and nothing else, got {content['scenes']}.")
+    if not all(isinstance(value, int) and value > 0 for value in content["scenes"].values()):
+        raise ValueError(f"{path}: `scenes` must hold positive whole numbers, got {content['scenes']}.")
     entries = {str(name): dict(entry or {}) for name, entry in content["variants"].items()}
     trained = {
         name: Variant(
@@ -159,8 +160,7 @@ def network_config(recipe: Mapping[str, Any]) -> DenoiserConfig:
 
 def images_a_step(recipe: Mapping[str, Any]) -> int:
     """Counts the images of an optimisation step of one process."""
-    config = network_config(recipe)
-    return config.batch_size * config.gradient_accumulation_steps
+    return recipe["batch_size"] * recipe.get("gradient_accumulation_steps", 1)
 
 
 def count_flop(recipe: Mapping[str, Any], resolution: int) -> int:
@@ -427,10 +427,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cost.add_argument("--tflop", type=float, default=12.0, help="operations of a training, in 10^12")
     cost.add_argument("--minutes", type=float, default=None, help="minutes of a training, in the place of operations")
     parser.add_argument("--judge", default="judge-resnet18-half", help="folder or name of the judge")
-    parser.add_argument("--out", type=Path, default=Path("outputs/sweeps"), help="folder of scenes and runs")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "sweeps.json")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder of scenes and runs; outputs/<list>, if not given"
+    )
+    parser.add_argument("--results", type=Path, default=None, help="numbers; results/<list>.json, if not given")
     parser.add_argument("--table", action="store_true", help="train nothing, and write the table of what is there")
     arguments = parser.parse_args(argv)
+    if arguments.out is None:
+        arguments.out = Path("outputs") / arguments.variants.stem
+    if arguments.results is None:
+        arguments.results = Path(__file__).parent / "results" / f"{arguments.variants.stem}.json"
     for name in ("tflop", "minutes"):
         if getattr(arguments, name) is not None and not getattr(arguments, name) > 0:
             parser.error(f"`{name}` must be positive, got {getattr(arguments, name)}.")

@@ -16,7 +16,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
 from iclevr_diffusion.config import option
-from iclevr_diffusion.models.unet_multilabel import MultiLabelUNet2DModel
+from iclevr_diffusion.flow_solver import make_flow_solver
+from iclevr_diffusion.models.unet_multilabel import PRESETS, MultiLabelUNet2DModel
 from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
 from iclevr_diffusion.training_data import DataConfig, check_sizes
 
@@ -46,7 +47,7 @@ class DenoiserConfig(DataConfig):
         "unet2d", "diffusers' U-Net, or a small one around a code of few cells"
     )
     preset: Literal["reported", "base", "tiny", "tokens"] = option(
-        "tiny", "size of unet2d; the next seven fields change parts"
+        "tiny", "kind of unet2d; the next seven fields change parts"
     )
     patch_size: int | None = option(None, "side of the squares of pixels that are folded into channels")
     block_out_channels: tuple[int, ...] | None = option(None, "channels per level, finest first")
@@ -54,11 +55,11 @@ class DenoiserConfig(DataConfig):
     attention_levels: tuple[int, ...] | None = option(None, "levels with self-attention, 0 the finest")
     attention_head_dim: int | None = option(None, "channels of an attention head")
     label_encoding: Literal["linear", "tokens"] | None = option(
-        None, "of unet2d: labels are added to the time (linear, if not given), or attended to as tokens"
+        None, "of unet2d: labels are added to the time (linear), or attended to as tokens; the preset's, if not given"
     )
     network_output: Literal["prediction", "sample"] | None = option(
         None,
-        "of unet2d: it puts out what it predicts (if not given), or the image, from which a flow's velocity follows",
+        "of unet2d: it puts out what it predicts, or the image, from which a flow's velocity follows; the preset's, if not given",
     )
     base_channels: int | None = option(None, "of small: channels of the finest level, 256 if not given")
     num_levels: int | None = option(None, "of small: levels below the finest, 2 if not given")
@@ -125,6 +126,12 @@ class DenoiserConfig(DataConfig):
         check_sizes(lambda: make_denoiser(self, 1, 1, null_condition=False, empty_condition=False))
 
     @property
+    def puts_out_images(self) -> bool:
+        """Whether the inner network puts out images and not what is predicted."""
+        preset = PRESETS[self.preset] if self.network == "unet2d" else {}
+        return (self.network_output or preset.get("network_output")) == "sample"
+
+    @property
     def is_continuous(self) -> bool:
         """Whether times are real numbers, on a path of their own, and not steps of a noise schedule."""
         return self.prediction_type in ("flow", "edm")
@@ -177,7 +184,9 @@ def make_scheduler(config: DenoiserConfig, *, bound: float = 1.0) -> SchedulerMi
     """Makes the scheduler that samples from the network; but for a flow or EDM, its `alphas_cumprod` train it too.
 
     EDM's noise levels are those of Karras et al. (2022), table 1, divided by their `sigma_data` of .5, as ours is 1; its
-    steps are of DPM-Solver++ (Lu et al., 2022, https://arxiv.org/abs/2211.01095), which asks the network once a step.
+    steps are of DPM-Solver++ (Lu et al., 2022, https://arxiv.org/abs/2211.01095), which asks the network once a step. So
+    are those of networks that put out images: the last image is what is drawn, and Euler's last time lies next to 0, where
+    training hardly looks.
 
     The cosine schedule ends in noise alone, where the image that follows from a predicted noise is its error divided by
     next to nothing (Lin et al., 2024, https://arxiv.org/abs/2305.08891, section 3.3). So sampling then does not begin with
@@ -188,6 +197,8 @@ def make_scheduler(config: DenoiserConfig, *, bound: float = 1.0) -> SchedulerMi
         config: The run's configuration.
         bound: The largest absolute value of an image in the network's space.
     """
+    if config.puts_out_images:
+        return make_flow_solver(config.time_shift, solver_order=2)
     if config.prediction_type == "flow":
         return FlowMatchEulerDiscreteScheduler(shift=config.time_shift)
     if config.prediction_type == "edm":

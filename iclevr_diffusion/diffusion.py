@@ -160,3 +160,34 @@ def min_snr_weight(prediction_type: str, alpha: Tensor, sigma: Tensor, gamma: fl
     raise ValueError(
         f"`prediction_type` must be `epsilon`, `sample`, `v_prediction`, `flow` or `edm`, got {prediction_type!r}."
     )
+
+
+def error_weight(
+    prediction_type: str,
+    alpha: Tensor,
+    sigma: Tensor,
+    min_snr_gamma: float | None = None,
+    puts_out_images: bool = False,
+    *,
+    min_time: float = 0.05,
+) -> Tensor:
+    """Returns the weights (B, 1, 1, 1) of squared errors in training.
+
+    Where a flow's velocity follows from an image, as `(x_t - x_0) / t`, errors of the image would count for `1 / t^2`,
+    without bound next to the clean image. Here they count as if t were at least `min_time`, t_eps of *Back to Basics: Let
+    Denoising Generative Models Denoise* (Li and He, 2025, https://arxiv.org/abs/2511.13720).
+
+    Args:
+        prediction_type: What the network predicts.
+        alpha: Share of the image (B, 1, 1, 1) in x_t.
+        sigma: Share of the noise (B, 1, 1, 1).
+        min_snr_gamma: Gamma of `min_snr_weight`; none weighs all noise levels alike.
+        puts_out_images: Whether the velocity of a flow follows from an image.
+        min_time: Time below which the weight of that image stays.
+    """
+    weight = torch.ones_like(sigma)
+    if puts_out_images:
+        weight = (sigma / min_time).clamp(max=1).square()
+    if min_snr_gamma is not None:
+        weight = weight * min_snr_weight(prediction_type, alpha, sigma, min_snr_gamma)
+    return weight

@@ -5,32 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
+from iclevr_diffusion.flow_solver import make_flow_solver
 from iclevr_diffusion.labels import LabelVocabulary
 from iclevr_diffusion.models.unet_multilabel import MultiLabelUNet2DModel
 from iclevr_diffusion.pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline
-
-
-def make_flow_solver(time_shift: float, solver_order: int) -> DPMSolverMultistepScheduler:
-    """Makes a DPM-Solver++ for networks that predict a flow's velocity.
-
-    *DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models* (Lu et al., 2022,
-    https://arxiv.org/abs/2211.01095). With order 1 it takes straight steps along the predicted velocity, as Euler's
-    method does. Its times are such that those of n steps are among those of any multiple of n.
-
-    Args:
-        time_shift: How far the times are moved towards noise, see `diffusion.shift_times`.
-        solver_order: 1 or 2.
-    """
-    return DPMSolverMultistepScheduler(
-        solver_order=solver_order,
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=time_shift,
-        final_sigmas_type="zero",
-    )
 
 
 def make_student(unet: MultiLabelUNet2DModel) -> MultiLabelUNet2DModel:

@@ -57,7 +57,8 @@ def load_weights(
         What became of the labels, where they differ.
 
     Raises:
-        ValueError: If the source holds no such model, or one of other shapes, labels or channels, or one that predicts or puts out something else.
+        ValueError: If the source holds no such model, or one of other shapes, labels or channels, or one that predicts or
+            puts out something else.
     """
     folder, theirs = _find_model(model, source)
     other = load_model(type(model), folder, torch.float32)
@@ -67,11 +68,6 @@ def load_weights(
         raise ValueError(
             f"`source` {source} must hold a model that predicts {model.config.prediction_type!r}, got"
             f" {other.config.prediction_type!r}; train with its `prediction_type`."
-        )
-    if other.config.get("network_output") != model.config.get("network_output"):
-        raise ValueError(
-            f"`source` {source} must hold a model whose network puts out the {model.config.network_output}, got one that"
-            f" puts out the {other.config.network_output}; train with its `network_output`."
         )
     for name in ("in_channels", "out_channels"):
         if other.config.get(name) != model.config.get(name):
@@ -116,6 +112,11 @@ def load_weights(
         raise ValueError(
             f"`source` {source} must hold a model of the same architecture, but {settings} {len(differing)} tensors"
             f" differ: {shown}. Train with the settings that are in its config.json.{unnamed}"
+        )
+    if other.config.get("network_output") != model.config.get("network_output"):
+        raise ValueError(
+            f"`source` {source} must hold a model whose network puts out the {model.config.network_output}, got one that"
+            f" puts out the {other.config.network_output}; train with its `network_output`."
         )
     model.load_state_dict(weights)
     return change

@@ -25,7 +25,7 @@ def measure_lift(
     `|target - f(x_t, t)|^2 - |target - f(x_t, t, c)|^2`, with the network f and the target it was trained to predict. In
     *Improving Compositional Generation with Diffusion Models Using Lift Scores* (Yu and Gao, 2025,
     https://arxiv.org/abs/2505.13740) the target is the noise, and the lift an estimate of log p(x | c) - log p(x); any
-    other target weighs the times otherwise. As all conditions of an image are to hold, its lift is the least one, and
+    other target weighs the times otherwise; of networks that put out images, errors are those of x_0. As all conditions of an image are to hold, its lift is the least one, and
     that of a negated condition counts with the other sign; their weights do not count. Times are the middles of
     `num_draws` equal parts of [0, 1], and the noise at each is the same for all images, so that images can be compared.
 
@@ -61,6 +61,8 @@ def measure_lift(
                 ).sample
                 target = training_target(unet.config.prediction_type, x_0, noise, alpha, sigma)
                 losses = (prediction.float().unflatten(0, (num_rows, -1)) - target).square().flatten(2).mean(dim=2)
+                if unet.config.get("network_output") == "sample":  # whose errors are those of x_0 by t
+                    losses = losses * time.square()
                 signed += chunk.weights.sign() * (losses[-1] - losses[:-1])
             lifts[chunk.images] = (signed / num_draws).amin(dim=0).cpu()
     return lifts

@@ -29,7 +29,7 @@ from iclevr_diffusion.pipelines.pipeline_conditional_gan import ConditionalGANPi
 from iclevr_diffusion.pipelines.pipeline_conditional_vae import ConditionalVAEPipeline
 from iclevr_diffusion.pipelines.pipeline_cyclegan import CycleGANPipeline
 
-DEFAULT_PIPELINE = "conditional-ddpm-tiny-rendered-4-steps"
+DEFAULT_PIPELINE = "conditional-ddpm-tokens-rendered-4-steps"
 DEFAULT_JUDGES = ("judge-small", "judge-resnet18-half")
 
 # What a folder may ask for by name; beside these only diffusers' own schedulers.

@@ -436,7 +436,7 @@ def test_help_says_which_pipeline_is_the_default(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         command.main(["--help"])
-    assert "conditional-ddpm-tiny-rendered-4-steps" in capsys.readouterr().out
+    assert "conditional-ddpm-tokens-rendered-4-steps" in capsys.readouterr().out
 
 
 def test_a_pipeline_that_maps_images_draws_no_prompts(tmp_path):

@@ -97,7 +97,8 @@ def test_edm_is_drawn_by_its_own_scheduler_at_the_papers_noise():
         ({"prediction_type": "edm", "num_train_timesteps": 500}, "`num_train_timesteps` must be 1000 where .* edm"),
         ({"label_encoding": "tokens", "network": "small"}, "`label_encoding` must be left out for the network small"),
         ({"network_output": "sample", "network": "small"}, "`network_output` must be left out for the network small"),
-        ({"network_output": "sample", "prediction_type": "edm"}, "`network_output` must be `prediction` unless"),
+        ({"network_output": "sample", "prediction_type": "edm"}, "must be `prediction` unless"),
+        ({"preset": "tokens", "prediction_type": "edm"}, "`network_output`, which the preset `tokens` sets too"),
         ({"sampler": "ddpm"}, "`sampler` must be left out where `prediction_type` is flow"),
         ({"beta_schedule": "linear", "prediction_type": "edm"}, "`beta_schedule` must be left out .* is edm"),
         (
@@ -125,3 +126,14 @@ def test_labels_become_tokens_where_they_are_asked_for():
     fields = {"block_out_channels": (8, 16), "attention_levels": (1,), "attention_head_dim": 8}
     assert make(**fields).config.label_encoding == "linear"
     assert make(**fields, label_encoding="tokens").config.label_encoding == "tokens"
+
+
+@pytest.mark.parametrize("fields", [{"preset": "tokens"}, {"network_output": "sample"}])
+def test_networks_that_put_out_images_are_never_asked_next_to_the_clean_one(fields):
+    config = DenoiserConfig(time_shift=5.0, **fields)
+    assert config.puts_out_images
+    scheduler = make_scheduler(config)
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps.min() == 208  # 5 / 20 / (1 + 4 / 20) of 1000, in whole numbers
+    assert not DenoiserConfig(preset="tokens", network_output="prediction").puts_out_images
+    assert not DenoiserConfig(network="small").puts_out_images

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from iclevr_diffusion.denoiser import DenoiserConfig, make_scheduler
 from iclevr_diffusion.diffusion import (
     add_noise,
+    error_weight,
     min_snr_weight,
     noise_levels,
     path_of,
@@ -184,3 +185,12 @@ def test_unknown_time_samplings_are_refused():
 def test_a_time_of_one_falls_on_the_last_step_of_a_schedule():
     timesteps, *_ = noise_levels(torch.ones(1), DDPMScheduler().alphas_cumprod)
     assert timesteps.tolist() == [999]
+
+
+def test_errors_of_an_image_count_no_more_below_the_least_time():
+    sigma = torch.tensor([0.01, 0.04, 0.05, 0.5]).view(-1, 1, 1, 1)
+    of_an_image = error_weight("flow", 1 - sigma, sigma, puts_out_images=True) / sigma.square()
+    assert_close(of_an_image.flatten(), torch.tensor([400.0, 400.0, 400.0, 4.0]))
+    assert (error_weight("flow", 1 - sigma, sigma) == 1).all()
+    both = error_weight("flow", 1 - sigma, sigma, 5.0, True)
+    assert_close(both, of_an_image * sigma.square() * min_snr_weight("flow", 1 - sigma, sigma, 5.0))

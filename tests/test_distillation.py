@@ -4,7 +4,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.testing import assert_close
 
 from iclevr_diffusion import ICLEVR_LABELS, ConditionalDDPMPipeline, MultiLabelUNet2DModel
-from iclevr_diffusion.distillation import Prompts, Teacher, make_flow_solver, make_student
+from iclevr_diffusion.distillation import Prompts, Teacher, make_student
+from iclevr_diffusion.flow_solver import make_flow_solver
 from iclevr_diffusion.models.unet_small import SmallMultiLabelUNet
 
 SIZES = {"num_classes": 24, "sample_size": 16, "block_out_channels": (8, 16), "attention_head_dim": 8}

@@ -827,7 +827,7 @@ def test_a_shipped_model_is_what_an_export_of_this_source_would_be(name: str) ->
 
 def test_without_an_argument_the_shipped_pipeline_opens() -> None:
     pipeline = load_pipeline()
-    assert pipeline.name_or_path == "conditional-ddpm-tiny-rendered-4-steps"
+    assert pipeline.name_or_path == "conditional-ddpm-tokens-rendered-4-steps"
     assert pipeline([["red cube"]], seeds=[0]).images[0].size == (64, 64)
 
 

@@ -34,6 +34,7 @@ ARROWS = {
     "environment": set(),
     "files": set(),
     "conversion": {"labels", "models"},
+    "flow_solver": set(),
     "first_weights": {"files", "loading"},
     "training": {"checkpoint", "config", "environment", "files", "first_weights", "provenance"},
     "training_data": {"config", "data", "protocols", "rendering", "training"},
@@ -49,8 +50,8 @@ ARROWS = {
     "cost": set(),
     "pictures": {"", "call_options", "images"},
     "gan_networks": {"config", "models", "training_data"},
-    "denoiser": {"config", "models", "training_data"},
-    "distillation": {"labels", "models", "pipelines"},
+    "denoiser": {"config", "flow_solver", "models", "training_data"},
+    "distillation": {"flow_solver", "labels", "models", "pipelines"},
     "domains": {"data", "training", "training_data"},
     "lift": {"diffusion", "pipelines"},
     "evaluation": {

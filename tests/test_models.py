@@ -181,8 +181,36 @@ def test_a_velocity_follows_from_the_image_that_a_network_puts_out():
 def test_next_to_the_clean_image_a_velocity_stays_finite():
     unet, plain = (make_unet(prediction_type="flow", network_output=kind).eval() for kind in ("sample", "prediction"))
     sample, _, class_labels = make_inputs()
-    expected = (sample - plain(sample, 0, class_labels).sample) / 0.05
-    assert_close(unet(sample, 0, class_labels).sample, expected)
+    velocity = unet(sample, 0, class_labels).sample
+    assert_close(velocity, (sample - plain(sample, 0, class_labels).sample) / 0.001)
+    timestep = torch.tensor([20.0, 40.0])
+    x_0 = plain(sample, timestep, class_labels).sample
+    stepped = sample - timestep.view(-1, 1, 1, 1) / 1000 * unet(sample, timestep, class_labels).sample
+    assert_close(stepped, x_0, rtol=1e-4, atol=1e-5)  # the last step ends at the image
+
+
+def test_a_velocity_of_half_precision_is_that_of_single_precision_rounded():
+    unet = make_unet(prediction_type="flow", network_output="sample").eval().to(torch.bfloat16)
+    plain = make_unet(prediction_type="flow").eval().to(torch.bfloat16)
+    sample, _, class_labels = make_inputs()
+    sample = sample.to(torch.bfloat16)
+    x_0 = plain(sample, 437.0, class_labels).sample
+    expected = ((sample.float() - x_0.float()) / 0.437).to(torch.bfloat16)
+    assert torch.equal(unet(sample, 437.0, class_labels).sample, expected)
+
+
+def test_the_preset_of_tokens_never_changes():
+    assert PRESETS["tokens"] == {
+        "patch_size": 8,
+        "block_out_channels": (96, 128),
+        "layers_per_block": 1,
+        "attention_levels": (0, 1),
+        "attention_head_dim": 32,
+        "norm_num_groups": 8,
+        "prediction_type": "flow",
+        "label_encoding": "tokens",
+        "network_output": "sample",
+    }
 
 
 @pytest.mark.parametrize(
@@ -294,7 +322,7 @@ def test_a_preset_takes_other_arguments_and_other_names_are_refused():
         ({"prediction_type": "noise"}, "`prediction_type`"),
         ({"label_encoding": "text"}, "`label_encoding` must be `linear` or `tokens`, got 'text'"),
         ({"network_output": "image"}, "`network_output` must be `prediction` or `sample`, got 'image'"),
-        ({"network_output": "sample"}, "`network_output` must be .* is `flow`, .* got 'sample' and 'epsilon'"),
+        ({"network_output": "sample"}, "`network_output`, .* must be .* is `flow`, .* got 'sample' and 'epsilon'"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_way_out(kwargs, message):

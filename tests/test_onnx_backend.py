@@ -327,9 +327,12 @@ TWO_HEADS = {"block_out_channels": (8, 16), "attention_levels": (1,), "attention
     [
         ({"prediction_type": "edm"}, EDMDPMSolverMultistepScheduler(sigma_data=1.0)),
         ({"label_encoding": "tokens"} | TWO_HEADS, FlowMatchEulerDiscreteScheduler(shift=4.0)),
-        ({"prediction_type": "flow", "network_output": "sample"}, FlowMatchEulerDiscreteScheduler(shift=4.0)),
+        (
+            {"prediction_type": "flow", "network_output": "sample", "label_encoding": "tokens"} | TWO_HEADS,
+            FlowMatchEulerDiscreteScheduler(shift=4.0),
+        ),
     ],
-    ids=["preconditioned", "of tokens", "of images"],
+    ids=["preconditioned", "of tokens", "of tokens and images"],
 )
 def test_networks_of_every_kind_draw_as_under_torch(pipeline, graphs, changes, scheduler):
     torch.manual_seed(0)

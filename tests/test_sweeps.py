@@ -106,6 +106,10 @@ def test_a_wider_network_of_more_cells_costs_more_and_another_way_of_drawing_not
     ("text", "message"),
     [
         ("variants: {}", "must hold `scenes`, `base` and `variants`"),
+        (
+            "{scenes: {resolution: 0, max_objects: 2, num_train: 2, num_compared: 2}, base: {}, variants: {}}",
+            "`scenes` must hold positive whole numbers",
+        ),
         ("{scenes: {}, base: {}, variants: {}}", "`scenes` must hold resolution, max_objects, .* got {}"),
         ("{base: {}, variants: {a: {trained_as: b, call: {}}}}", "'a' must have `trained_as`, which names a variant"),
         ("{base: {}, variants: {a: , b: {trained_as: a, seed: 1}}}", "'b' must have `trained_as`"),

@@ -172,9 +172,16 @@ def test_a_judge_scores_validation_labels_and_the_best_pipeline_is_kept(train, t
     }
 
 
-def test_several_averages_and_tokens_go_on_to_the_same_end(train, tmp_path):
-    fields = {"ema_lengths": (0.05, 0.2), "label_encoding": "tokens", "prediction_type": "edm"}
-    fields |= {"lr_schedule": "constant"}
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"label_encoding": "tokens", "prediction_type": "edm"},
+        {"label_encoding": "tokens", "network_output": "sample", "time_sampling": "uniform", "time_shift": 1.0},
+    ],
+    ids=["preconditioned", "of images"],
+)
+def test_several_averages_and_tokens_go_on_to_the_same_end(train, tmp_path, fields):
+    fields |= {"ema_lengths": (0.05, 0.2), "lr_schedule": "constant"}
     unbroken = train(tmp_path / "unbroken", max_steps=3, **fields)
     train(tmp_path / "broken", max_steps=1, **fields)
     resumed = train(tmp_path / "broken", max_steps=3, **fields)

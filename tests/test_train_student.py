@@ -22,9 +22,12 @@ SPEC.loader.exec_module(train_student)
 CONDITIONS = [["red cube"], ["blue sphere"], ["red cube", "gray sphere"]]
 
 
+OF_TOKENS_AND_IMAGES = {"label_encoding": "tokens", "network_output": "sample", "attention_levels": (0, 1)}
+
+
 @pytest.fixture
-def teacher(tmp_path):
-    """The folder of a run that trained a small teacher, as far as a student looks at it."""
+def teacher(request, tmp_path):
+    """The folder of a run that trained a small teacher, as far as a student looks at it; a test may ask for a kind."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = MultiLabelUNet2DModel(
@@ -34,6 +37,7 @@ def teacher(tmp_path):
             attention_head_dim=8,
             prediction_type="flow",
             null_condition=True,
+            **getattr(request, "param", {}),
         ).eval()
         torch.nn.init.normal_(unet.null_embedding, std=3.0)  # so that guidance makes a difference
     scheduler = FlowMatchEulerDiscreteScheduler(shift=4)
@@ -68,6 +72,7 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("teacher", [{}, OF_TOKENS_AND_IMAGES], ids=["linear", "of tokens and images"], indirect=True)
 def test_a_student_trains_is_opened_and_draws_in_its_few_steps(train):
     folder = train()
     pipeline = load_pipeline(folder / "pipeline")
@@ -81,6 +86,7 @@ def test_a_student_trains_is_opened_and_draws_in_its_few_steps(train):
     assert metrics["loss"] == pytest.approx((metrics["loss_step_0"] + metrics["loss_step_1"]) / 2)
 
 
+@pytest.mark.parametrize("teacher", [{}, OF_TOKENS_AND_IMAGES], ids=["linear", "of tokens and images"], indirect=True)
 def test_a_student_learns_from_its_teacher_alone(train):
     history = losses(train(batch_size=8, max_steps=60, learning_rate=1e-3, guidance_scale=6.0, sample_every=0))
     assert sum(history[-10:]) < 0.95 * sum(history[:10])

@@ -13,7 +13,7 @@ from iclevr_diffusion.augmentation import random_flip
 from iclevr_diffusion.config import LearningRateSchedule, option
 from iclevr_diffusion.data import normalize
 from iclevr_diffusion.denoiser import DenoiserConfig, choose_attention, make_denoiser, make_scheduler
-from iclevr_diffusion.diffusion import add_noise, min_snr_weight, noise_levels, path_of, sample_times, training_target
+from iclevr_diffusion.diffusion import add_noise, error_weight, noise_levels, path_of, sample_times, training_target
 from iclevr_diffusion.ema import check_lengths, make_averages
 from iclevr_diffusion.training import TrainingRun, run_script
 from iclevr_diffusion.training_data import TrainingData
@@ -113,9 +113,8 @@ def main(config: DDPMConfig) -> None:
         x_t = add_noise(x_0, noise, alpha, sigma)
         prediction = model(x_t, timesteps, class_labels, null_mask).sample.float()
         error = (prediction - training_target(config.prediction_type, x_0, noise, alpha, sigma)).square()
-        if config.min_snr_gamma is not None:
-            error = error * min_snr_weight(config.prediction_type, alpha, sigma, config.min_snr_gamma)
-        loss = error.mean()
+        weight = error_weight(config.prediction_type, alpha, sigma, config.min_snr_gamma, config.puts_out_images)
+        loss = (weight * error).mean()
 
         run.backward(loss)
         optimizer.step()

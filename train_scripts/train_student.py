@@ -1,6 +1,6 @@
 """Trains a student that draws in few steps and without guidance what a diffusion model draws in many; needs no images.
 
-accelerate launch train_scripts/train_student.py --config train_scripts/recipes/student_tiny_rendered.yaml
+accelerate launch train_scripts/train_student.py --config train_scripts/recipes/student_tokens_rendered.yaml
 """
 
 import json
@@ -13,8 +13,9 @@ from iclevr_diffusion import ConditionalDDPMPipeline, load_pipeline
 from iclevr_diffusion.augmentation import augment
 from iclevr_diffusion.config import LearningRateSchedule, TrainConfig, option
 from iclevr_diffusion.denoiser import choose_attention
-from iclevr_diffusion.distillation import Prompts, Teacher, make_flow_solver, make_student
+from iclevr_diffusion.distillation import Prompts, Teacher, make_student
 from iclevr_diffusion.ema import ExponentialMovingAverage
+from iclevr_diffusion.flow_solver import make_flow_solver
 from iclevr_diffusion.gan_networks import refuse_ignored
 from iclevr_diffusion.judging import weights_sha256
 from iclevr_diffusion.losses import evaluator_loss

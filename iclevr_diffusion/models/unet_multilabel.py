@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
 LabelEncoding = Literal["linear", "tokens"]
 NetworkOutput = Literal["prediction", "sample"]
-MIN_TIME = 0.05  # below it, a velocity is not divided by less: t_eps of Li and He (2025)
+MIN_TIME = 0.001  # so that a velocity is finite next to the clean image
 
 
 class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
@@ -95,7 +95,7 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
         empty_condition: Whether the training set had images without any label.
         label_encoding: `linear` adds the embedding of the labels to that of the time; `tokens` is said above.
         network_output: What the inner U-Net puts out: the `prediction`, or the `sample` x_0, from which the velocity of a
-            `flow` follows, (x_t - x_0) / t with t at least .05. A velocity holds all of the noise, which a network that
+            `flow` follows, (x_t - x_0) / t with t at least .001. A velocity holds all of the noise, which a network that
             is narrower than a square of `patch_size` pixels cannot let through; an image it can: *Back to Basics: Let
             Denoising Generative Models Denoise* (Li and He, 2025, https://arxiv.org/abs/2511.13720).
 
@@ -144,8 +144,8 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
             raise ValueError(f"`network_output` must be `prediction` or `sample`, got {network_output!r}.")
         if network_output == "sample" and prediction_type != "flow":
             raise ValueError(
-                "`network_output` must be `prediction` unless `prediction_type` is `flow`, whose velocity follows from"
-                f" an image, got {network_output!r} and {prediction_type!r}."
+                "`network_output`, which the preset `tokens` sets too, must be `prediction` unless `prediction_type` is"
+                f" `flow`, whose velocity follows from an image, got {network_output!r} and {prediction_type!r}."
             )
         has_attention = [level in attention_levels for level in range(num_levels)]
         embedding_dim = 4 * block_out_channels[0]
@@ -190,7 +190,7 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MultiLabelUNet2DModel":  # noqa: ANN401 -- any argument of ours
-        """Builds a freshly initialized model of a named size: `reported`, `base`, `tiny` or `tokens`.
+        """Builds a freshly initialized model of a preset: `reported`, `base`, `tiny` or `tokens`, which predicts a `flow`.
 
         Args:
             name: The preset.
@@ -287,8 +287,9 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
             prediction = self.unet(folded, timestep, embedding).sample
         prediction = F.pixel_shuffle(prediction, self.config.patch_size)
         if self.config.network_output == "sample":
-            time = torch.as_tensor(timestep, device=sample.device, dtype=torch.float32) / 1000
-            prediction = (sample - prediction) / time.clamp(min=MIN_TIME).to(sample.dtype).reshape(-1, 1, 1, 1)
+            time = torch.as_tensor(timestep, device=sample.device).float() / 1000
+            velocity = (sample.float() - prediction.float()) / time.clamp(min=MIN_TIME).reshape(-1, 1, 1, 1)
+            prediction = velocity.to(sample.dtype)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
     def _tokens(self, class_labels: Tensor, null_mask: Tensor | None) -> tuple[Tensor, Tensor]:

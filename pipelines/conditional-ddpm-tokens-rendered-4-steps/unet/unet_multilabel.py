@@ -36,10 +36,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attention_head_dim": 32,
         "norm_num_groups": 8,
     },
+    # For a CPU, and for images of several objects: 8x8 pixels a cell, so that all cells attend to all labels at little cost.
+    "tokens": {
+        "patch_size": 8,
+        "block_out_channels": (96, 128),
+        "layers_per_block": 1,
+        "attention_levels": (0, 1),
+        "attention_head_dim": 32,
+        "norm_num_groups": 8,
+        "prediction_type": "flow",
+        "label_encoding": "tokens",
+        "network_output": "sample",
+    },
 }
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
 LabelEncoding = Literal["linear", "tokens"]
+NetworkOutput = Literal["prediction", "sample"]
+MIN_TIME = 0.001  # so that a velocity is finite next to the clean image
 
 
 class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
@@ -80,14 +94,19 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
         null_condition: Whether the model has the row for "no condition", which training with label dropout makes.
         empty_condition: Whether the training set had images without any label.
         label_encoding: `linear` adds the embedding of the labels to that of the time; `tokens` is said above.
+        network_output: What the inner U-Net puts out: the `prediction`, or the `sample` x_0, from which the velocity of a
+            `flow` follows, (x_t - x_0) / t with t at least .001. A velocity holds all of the noise, which a network that
+            is narrower than a square of `patch_size` pixels cannot let through; an image it can: *Back to Basics: Let
+            Denoising Generative Models Denoise* (Li and He, 2025, https://arxiv.org/abs/2511.13720).
 
     Raises:
-        ValueError: If the sizes do not fit each other, or `prediction_type` or `label_encoding` is unknown.
+        ValueError: If the sizes do not fit each other, if `prediction_type`, `label_encoding` or `network_output` is
+            unknown, or if `network_output` is `sample` and `prediction_type` not `flow`.
     """
 
     _supports_gradient_checkpointing = True
     # What older weights have without saying so; their hash does not change by it.
-    _later_arguments = {"label_encoding": "linear"}
+    _later_arguments = {"label_encoding": "linear", "network_output": "prediction"}
     _no_split_modules = ["UNet2DModel", "UNet2DConditionModel"]
 
     @register_to_config
@@ -107,6 +126,7 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
         null_condition: bool = False,
         empty_condition: bool = False,
         label_encoding: LabelEncoding = "linear",
+        network_output: NetworkOutput = "prediction",
     ) -> None:
         super().__init__()
         num_levels = len(block_out_channels)
@@ -120,6 +140,13 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
             )
         if label_encoding not in ("linear", "tokens"):
             raise ValueError(f"`label_encoding` must be `linear` or `tokens`, got {label_encoding!r}.")
+        if network_output not in ("prediction", "sample"):
+            raise ValueError(f"`network_output` must be `prediction` or `sample`, got {network_output!r}.")
+        if network_output == "sample" and prediction_type != "flow":
+            raise ValueError(
+                "`network_output`, which the preset `tokens` sets too, must be `prediction` unless `prediction_type` is"
+                f" `flow`, whose velocity follows from an image, got {network_output!r} and {prediction_type!r}."
+            )
         has_attention = [level in attention_levels for level in range(num_levels)]
         embedding_dim = 4 * block_out_channels[0]
         sizes = {
@@ -163,7 +190,7 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MultiLabelUNet2DModel":  # noqa: ANN401 -- any argument of ours
-        """Builds a freshly initialized model of a named size: `reported`, `base` or `tiny`.
+        """Builds a freshly initialized model of a preset: `reported`, `base`, `tiny` or `tokens`, which predicts a `flow`.
 
         Args:
             name: The preset.
@@ -259,6 +286,10 @@ class MultiLabelUNet2DModel(ModelMixin, ConfigMixin):
                 embedding = torch.where(null_mask[:, None], self.null_embedding.to(embedding.dtype), embedding)
             prediction = self.unet(folded, timestep, embedding).sample
         prediction = F.pixel_shuffle(prediction, self.config.patch_size)
+        if self.config.network_output == "sample":
+            time = torch.as_tensor(timestep, device=sample.device).float() / 1000
+            velocity = (sample.float() - prediction.float()) / time.clamp(min=MIN_TIME).reshape(-1, 1, 1, 1)
+            prediction = velocity.to(sample.dtype)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
     def _tokens(self, class_labels: Tensor, null_mask: Tensor | None) -> tuple[Tensor, Tensor]:
