@@ -4,12 +4,13 @@
     python benchmarks/sweeps.py --out outputs/sweeps --minutes 3 --only base "shift 1" "shift 4"
 
 The variants are those of `sweeps.yaml`, on scenes of 32x32 pixels with one and two objects; `--variants
-benchmarks/sweeps_64.yaml` has others, on scenes of 64x64 pixels with up to three. Each is trained by train_scripts/train_ddpm.py on rendered scenes: for so many steps that all have the same number of operations, counted in their networks, or take
-the same time (`--minutes`), told by a short trial; so the learning rate of each ends its whole course. A judge that
-taught none of them reads images of 100 label sets, drawn by the averaged weights, and compares them with scenes that no
-variant was trained on. Variants are ranked by the mean over seeds of the top-k, and by that of the kernel and the Frechet
-distance. Every row, a variant and a seed, has a record of its own: the same command goes on where it was stopped, and
-rows that have none are listed as missing.
+benchmarks/sweeps_64.yaml` has others, on scenes of 64x64 pixels with up to three. Each is trained by
+train_scripts/train_ddpm.py on rendered scenes: for so many steps that all have the same number of operations, counted in
+their networks, or take the same time (`--minutes`), told by a short trial; so the learning rate of each ends its whole
+course. A judge that taught none of them reads images of 100 label sets, drawn by the averaged weights, and compares them
+with scenes that no variant was trained on. Variants are ranked by the mean over seeds of the top-k, and by that of the
+kernel and the Frechet distance. Every row, a variant and a seed, has a record of its own: the same command goes on where
+it was stopped, and rows that have none are listed as missing.
 """
 
 import argparse

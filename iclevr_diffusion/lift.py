@@ -25,9 +25,10 @@ def measure_lift(
     `|target - f(x_t, t)|^2 - |target - f(x_t, t, c)|^2`, with the network f and the target it was trained to predict. In
     *Improving Compositional Generation with Diffusion Models Using Lift Scores* (Yu and Gao, 2025,
     https://arxiv.org/abs/2505.13740) the target is the noise, and the lift an estimate of log p(x | c) - log p(x); any
-    other target weighs the times otherwise; of networks that put out images, errors are those of x_0. As all conditions of an image are to hold, its lift is the least one, and
-    that of a negated condition counts with the other sign; their weights do not count. Times are the middles of
-    `num_draws` equal parts of [0, 1], and the noise at each is the same for all images, so that images can be compared.
+    other target weighs the times otherwise; of networks that put out images, errors are those of x_0. As all conditions
+    of an image are to hold, its lift is the least one, and that of a negated condition counts with the other sign; their
+    weights do not count. Times are the middles of `num_draws` equal parts of [0, 1], and the noise at each is the same
+    for all images, so that images can be compared.
 
     Args:
         pipeline: The pipeline that drew them, of a network with a null condition.
