@@ -52,11 +52,11 @@ from yardstick import Yardstick, format_score
 
 from iclevr_diffusion import load_pipeline
 from iclevr_diffusion.call_options import call_options, takes
-from iclevr_diffusion.command_line import straight_path
 from iclevr_diffusion.data import open_store
 from iclevr_diffusion.environment import describe_environment
 from iclevr_diffusion.evaluate import pipeline_name
 from iclevr_diffusion.files import judge_name, write_text
+from iclevr_diffusion.flow_solver import straight_path
 from iclevr_diffusion.images import make_table, save_png
 from iclevr_diffusion.judging import load_judge, weights_sha256
 from iclevr_diffusion.provenance import training_facts

@@ -153,25 +153,25 @@ def read_variants(path: Path) -> tuple[Scenes, dict[str, Variant]]:
     return Scenes(**content["scenes"]), variants
 
 
-def network_config(recipe: Mapping[str, Any]) -> DenoiserConfig:
+def network_config(recipe: Mapping[str, Any], resolution: int) -> DenoiserConfig:
     """Returns what a recipe says of network and batches."""
     names = {item.name for item in dataclasses.fields(DenoiserConfig)}
-    return DenoiserConfig(**{name: recipe[name] for name in recipe if name in names})
+    return DenoiserConfig(**{name: recipe[name] for name in recipe if name in names} | {"resolution": resolution})
 
 
-def images_a_step(recipe: Mapping[str, Any]) -> int:
+def images_a_step(config: DenoiserConfig) -> int:
     """Counts the images of an optimisation step of one process."""
-    return recipe["batch_size"] * recipe.get("gradient_accumulation_steps", 1)
+    return config.batch_size * config.gradient_accumulation_steps
 
 
 def count_flop(recipe: Mapping[str, Any], resolution: int) -> int:
     """Counts the operations, two for each multiplication and its sum, of the network in one step, there and back."""
-    config = network_config({**recipe, "resolution": resolution})
+    config = network_config(recipe, resolution)
     num_classes, has_null = len(ICLEVR_LABELS), recipe.get("label_dropout", 0.1) > 0
     with torch.device("meta"):
         network = make_denoiser(config, num_classes, 3, null_condition=has_null, empty_condition=False)
         inputs = (torch.zeros(1, 3, resolution, resolution), torch.zeros(1), torch.zeros(1, num_classes))
-    return count_operations(network, inputs, backward=True) * images_a_step(recipe)
+    return count_operations(network, inputs, backward=True) * images_a_step(config)
 
 
 class Sweep:
@@ -301,7 +301,8 @@ class Sweep:
             speed = json.loads(lines[-1])["images_per_second"]
             write_text(path, json.dumps({"images_per_second": speed}) + "\n")
         speed = json.loads(path.read_text())["images_per_second"]
-        return max(1, round(60 * variant.share * self.minutes * speed / images_a_step(variant.recipe)))
+        images = images_a_step(network_config(variant.recipe, self.scenes.resolution))
+        return max(1, round(60 * variant.share * self.minutes * speed / images))
 
     def _run_folder(self, variant: Variant, seed: int) -> Path:
         cost = f"{self.tflop:g}-tflop" if self.minutes is None else f"{self.minutes:g}-minutes"

@@ -2,13 +2,12 @@
 
 import argparse
 import inspect
-from collections.abc import Mapping
-from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from iclevr_diffusion.flow_solver import straight_path
 from iclevr_diffusion.loading import BACKENDS, DEFAULT_PIPELINE, load_pipeline
 
 SAMPLING_OPTIONS = ("num_inference_steps", "guidance_scale")  # flags that not every kind of pipeline has
@@ -63,15 +62,6 @@ def open_pipeline(args: argparse.Namespace, device: str | torch.device | None) -
     if args.scheduler is not None:
         pipeline.scheduler = make_scheduler(args.scheduler, pipeline)
     return pipeline
-
-
-def straight_path(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings by which diffusers' solvers follow the path of a flow model that has a scheduler of `config`.
-
-    What FlowMatch schedulers call `shift` is `flow_shift` here.
-    """
-    shift = config.get("shift", config.get("flow_shift", 1.0))
-    return {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
 
 
 def make_scheduler(name: str, pipeline: DiffusionPipeline) -> diffusers.SchedulerMixin:

@@ -1,4 +1,16 @@
+from collections.abc import Mapping
+from typing import Any
+
 from diffusers import DPMSolverMultistepScheduler
+
+
+def straight_path(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings by which diffusers' solvers follow the path of a flow model that has a scheduler of `config`.
+
+    What FlowMatch schedulers call `shift` is `flow_shift` here.
+    """
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    return {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
 
 
 def make_flow_solver(time_shift: float, solver_order: int) -> DPMSolverMultistepScheduler:
@@ -13,9 +25,5 @@ def make_flow_solver(time_shift: float, solver_order: int) -> DPMSolverMultistep
         solver_order: 1 or 2.
     """
     return DPMSolverMultistepScheduler(
-        solver_order=solver_order,
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=time_shift,
-        final_sigmas_type="zero",
+        solver_order=solver_order, final_sigmas_type="zero", **straight_path({"shift": time_shift})
     )

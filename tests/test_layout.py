@@ -81,7 +81,7 @@ ARROWS = {
     "provenance": {"files", "loading"},
     "hub": {"card", "files", "judging", "loading", "models", "pipelines", "provenance"},
     "onnx_backend": {"", "files", "judging", "pipelines"},
-    "command_line": {"loading"},
+    "command_line": {"flow_solver", "loading"},
     "inspection": {"data", "images"},
     "digit_pairs": {"data", "files"},
     "compare": ANY,
