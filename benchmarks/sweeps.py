@@ -39,6 +39,7 @@ from yardstick import Yardstick
 
 from iclevr_diffusion import ICLEVR_LABELS, load_pipeline
 from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
+from iclevr_diffusion.command_line import make_scheduler
 from iclevr_diffusion.data import open_store
 from iclevr_diffusion.denoiser import DenoiserConfig, make_denoiser
 from iclevr_diffusion.environment import describe_environment
@@ -87,6 +88,7 @@ class Variant:
         average: Length of the power function average that is drawn with; none is the exponential one.
         guide: The variant whose trained model guidance leads away from, if any.
         share: Part of the cost of a training that this one takes.
+        scheduler: The class of diffusers that draws its images; none is the one that the training saves.
     """
 
     name: str
@@ -96,11 +98,12 @@ class Variant:
     average: float | None = None
     guide: str | None = None
     share: float = 1.0
+    scheduler: str | None = None
 
     @property
     def drawing(self) -> dict[str, Any]:
         """What makes its images others than those of another variant of the same training."""
-        ways = {"average": self.average, "guide": self.guide}
+        ways = {"average": self.average, "guide": self.guide, "scheduler": self.scheduler}
         return self.call | {key: value for key, value in ways.items() if value is not None}
 
 
@@ -111,8 +114,11 @@ def read_variants(path: Path) -> tuple[Scenes, dict[str, Variant]]:
         ValueError: If the file is not of the form of `sweeps.yaml`.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or set(content) != {"scenes", "base", "variants"}:
-        raise ValueError(f"{path} must hold `scenes`, `base` and `variants`, each a mapping.")
+    if not isinstance(content, dict) or set(content) - {"scheduler"} != {"scenes", "base", "variants"}:
+        raise ValueError(
+            f"{path} must hold `scenes`, `base` and `variants`, each a mapping, and may hold `scheduler`, a class of"
+            " diffusers that draws the images of all."
+        )
     fields = [item.name for item in dataclasses.fields(Scenes)]
     if not isinstance(content["scenes"], dict) or set(content["scenes"]) != set(fields):
         raise ValueError(f"{path}: `scenes` must hold {', '.join(fields)} and nothing else, got {content['scenes']}.")
@@ -126,6 +132,7 @@ def read_variants(path: Path) -> tuple[Scenes, dict[str, Variant]]:
             {},
             name,
             share=entry.get("share", 1.0),
+            scheduler=content.get("scheduler"),
         )
         for name, entry in entries.items()
         if "trained_as" not in entry
@@ -276,6 +283,8 @@ class Sweep:
             guide = self._run_folder(self.variants[variant.guide], seed) / "pipeline"
         name = "pipeline" if variant.average is None else f"pipeline-{variant.average}"
         pipeline = load_pipeline(self._run_folder(variant, seed) / name, device=_device(), guide=guide)
+        if variant.scheduler is not None:
+            pipeline.scheduler = make_scheduler(variant.scheduler, pipeline)
         pipeline.set_progress_bar_config(disable=True)
         labels = self.yardstick.drawn_labels
         call = {key: tuple(value) if isinstance(value, list) else value for key, value in variant.call.items()}

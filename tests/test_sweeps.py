@@ -106,6 +106,7 @@ def test_a_wider_network_of_more_cells_costs_more_and_another_way_of_drawing_not
     ("text", "message"),
     [
         ("variants: {}", "must hold `scenes`, `base` and `variants`"),
+        ("{scenes: {}, base: {}, variants: {}, solver: Euler}", "may hold `scheduler`"),
         (
             "{scenes: {resolution: 0, max_objects: 2, num_train: 2, num_compared: 2}, base: {}, variants: {}}",
             "`scenes` must hold positive whole numbers",
@@ -169,6 +170,18 @@ def test_a_guide_and_an_average_change_the_drawing_and_a_guides_training_is_paid
     assert record["kernel_distance"] != base["kernel_distance"]
     assert sweep.record("longer", 0)["kernel_distance"] != weak["kernel_distance"]
     assert len(trained) == 2
+
+
+def test_one_scheduler_can_draw_the_images_of_all_variants(make_sweep, tmp_path, monkeypatch, trained):
+    (tmp_path / "solved.yaml").write_text("scheduler: DPMSolverMultistepScheduler" + LIST)
+    _, variants = sweeps.read_variants(tmp_path / "solved.yaml")
+    assert variants["guided"].drawing["scheduler"] == "DPMSolverMultistepScheduler"
+    sweep = make_sweep(minutes=1.0, tflop=None)
+    by_its_own = sweep.record("base", 0)
+    monkeypatch.setattr(sweep, "variants", variants)
+    solved = sweep.record("base", 0)
+    assert solved["kernel_distance"] != by_its_own["kernel_distance"]
+    assert len(trained) == 2  # a trial and a training, shared
 
 
 def test_minutes_are_turned_into_steps_by_a_trial(make_sweep, trained):
