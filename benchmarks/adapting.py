@@ -28,18 +28,20 @@ from iclevr_diffusion.rendering import render_scene, sample_scene
 from iclevr_diffusion.rendering.scene import COLORS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-INIT_FROM = "conditional-ddpm-tiny-rendered"
+INIT_FROM = "conditional-ddpm-tokens-real"
 JUDGE = "judge-small-rendered"
 NEW_COLOR, RGB = "orange", (230, 110, 10)
 NUM_SCORES = 8  # on the way of each run
 RECIPE = {
+    "preset": "tokens",  # that of the model that ships
+    "time_shift": 5.0,
     "batch_size": 16,
     "learning_rate": 5e-4,
     "warmup_steps": 50,
     "lr_schedule": "constant",
     "ema_decay": 0.98,  # of a run of a few hundred steps
     "mixed_precision": "bf16",
-    "guidance_scale": 5.0,
+    "guidance_scale": 2.5,
     "num_inference_steps": 10,
     "num_conditions": 48,
     "sample_every": 0,

@@ -441,7 +441,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "pipelines",
         nargs="*",
-        default=["conditional-ddpm-tiny-rendered"],
+        default=["conditional-ddpm-tokens-real"],
         help="folders, hub ids or names of pipelines that come along",
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/few_calls"), help="folder of drawn images")

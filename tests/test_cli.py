@@ -312,7 +312,7 @@ def test_the_shipped_model_picks_the_best_of_its_own_images(tmp_path, monkeypatc
     monkeypatch.delenv("ICLEVR_ROOT", raising=False)
     (tmp_path / "few.json").write_text('[["red cube"], ["blue sphere", "gray cylinder"]]')
     options = ["--seeds", "2", "--best_of", "2", "--num_inference_steps", "2", "--micro_batch_size", "2"]
-    judge = ["--judges", "judge-small", "--device", "cpu", "--pipeline", "conditional-ddpm-tiny-rendered"]
+    judge = ["--judges", "judge-small", "--device", "cpu", "--pipeline", "conditional-ddpm-tokens-real"]
     evaluate.main([*judge, *options, "--protocols", str(tmp_path / "few.json"), "--out", str(tmp_path / "scores")])
     results = json.loads((tmp_path / "scores" / "results.json").read_text())
     best = results["protocols"]["few"]["judges"]["judge-small"]["best_of"]

@@ -28,9 +28,7 @@ from iclevr_diffusion.validation import Validation, open_reader
 class StudentConfig(TrainConfig):
     """Trains a student that draws in few steps and without guidance what a diffusion model draws in many."""
 
-    teacher: str = option(
-        "conditional-ddpm-tiny-rendered", "pipeline that predicts a flow's velocity", may_change=True
-    )
+    teacher: str = option("conditional-ddpm-tokens-real", "pipeline that predicts a flow's velocity", may_change=True)
     teacher_steps: int = option(20, "steps of DPM-Solver++ that the teacher takes, a multiple of the student's")
     guidance_scale: float | None = option(
         None, "the teacher's guidance, which the student learns; none is its default"
@@ -38,7 +36,7 @@ class StudentConfig(TrainConfig):
     guidance_start: float = option(0.0, "part of the teacher's steps after which it is guided, from 0 to 1")
     guidance_stop: float = option(1.0, "part of the teacher's steps after which it is no longer guided, from 0 to 1")
     num_student_steps: int = option(4, "network calls of the student")
-    time_shift: float = option(4.0, "above 1, the steps of both move towards noise")
+    time_shift: float = option(5.0, "above 1, the steps of both move towards noise")
     init_from: str | None = option(
         None, "student with other steps whose weights are the first ones; none is the teacher"
     )
