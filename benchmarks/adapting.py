@@ -5,7 +5,7 @@
 The set is small and new to the model that ships: rendered scenes in which one object of each image has a ninth colour,
 orange, so that three labels are new and 24 known. The judge that ships with that model is taught the new labels first. Then
 train_scripts/train_ddpm.py trains twice by one recipe, with `--init_from` and without, and the judge reads what both draw
-of the same validation label sets on the way. Everything goes on where it was stopped, by the same command: about eight
+of the same validation label sets on the way. Everything goes on where it was stopped, by the same command: about four
 minutes of one CPU core in all.
 """
 

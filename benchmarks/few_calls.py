@@ -63,6 +63,7 @@ from iclevr_diffusion.provenance import training_facts
 from iclevr_diffusion.rendering import render_dataset
 from iclevr_diffusion.scores import score_difference, top_k_hits
 
+CROWDED = 1.08  # ratio of two ticks below which their labels would run into each other
 SCHEMA_VERSION = 1
 SAMPLERS = ("euler", "euler-even", "heun", "dpm-solver++", "unipc")
 SHIPPED, REFERENCE = "as it ships", "1000 steps"
@@ -372,7 +373,9 @@ def draw_plot(pipelines: dict[str, Any], real: dict[str, Any]) -> Image.Image:
                 axes.axhline(real[metric], color="#555555", linestyle="--", linewidth=1, label="real images")
             axes.set_xscale("log")
             ticks = sorted({at for points in lines.values() for at, _ in points})
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            nexts = [*ticks[1:], math.inf]
+            crowded = [after < CROWDED * tick for tick, after in zip(ticks, nexts, strict=True)]  # such as 38 and 40
+            axes.set_xticks(ticks, ["" if is_so else f"{tick:g}" for tick, is_so in zip(ticks, crowded, strict=True)])
             axes.minorticks_off()
             axes.set_xlabel("guidance" if is_swept else "network calls an image")
             axes.set_title(f"{name}:\n{title}", fontsize=10, parse_math=False)
