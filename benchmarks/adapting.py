@@ -1,9 +1,10 @@
-"""Measures in how many steps a model learns new labels from the model that ships, and in how many from nothing.
+"""Measures in how many steps a model learns new labels from one that knows others, and in how many from nothing.
 
     python benchmarks/adapting.py --out outputs/adapting
 
-The set is small and new to the model that ships: rendered scenes in which one object of each image has a ninth colour,
-orange, so that three labels are new and 24 known. The judge that ships with that model is taught the new labels first. Then
+The set is small and new to `conditional-ddpm-tokens-real`: scenes in which one object of each image has a ninth colour,
+orange, so that three labels are new and 24 known; and they are rendered, where that model was last trained on real images. The
+judge of rendered scenes, `judge-small-rendered`, is taught the new labels first. Then
 train_scripts/train_ddpm.py trains twice by one recipe, with `--init_from` and without, and the judge reads what both draw
 of the same validation label sets on the way. Everything goes on where it was stopped, by the same command: about four
 minutes of one CPU core in all.
@@ -33,7 +34,7 @@ JUDGE = "judge-small-rendered"
 NEW_COLOR, RGB = "orange", (230, 110, 10)
 NUM_SCORES = 8  # on the way of each run
 RECIPE = {
-    "preset": "tokens",  # that of the model that ships
+    "preset": "tokens",  # that of `INIT_FROM`
     "time_shift": 5.0,
     "batch_size": 16,
     "learning_rate": 5e-4,

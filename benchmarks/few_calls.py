@@ -63,8 +63,8 @@ from iclevr_diffusion.provenance import training_facts
 from iclevr_diffusion.rendering import render_dataset
 from iclevr_diffusion.scores import score_difference, top_k_hits
 
-CROWDED = 1.08  # ratio of two ticks below which their labels would run into each other
 SCHEMA_VERSION = 1
+NEAR_TICKS = 1.08  # ratio of two ticks below which their labels would run into each other
 SAMPLERS = ("euler", "euler-even", "heun", "dpm-solver++", "unipc")
 SHIPPED, REFERENCE = "as it ships", "1000 steps"
 NUM_REFERENCE_STEPS = 1000
@@ -373,9 +373,7 @@ def draw_plot(pipelines: dict[str, Any], real: dict[str, Any]) -> Image.Image:
                 axes.axhline(real[metric], color="#555555", linestyle="--", linewidth=1, label="real images")
             axes.set_xscale("log")
             ticks = sorted({at for points in lines.values() for at, _ in points})
-            nexts = [*ticks[1:], math.inf]
-            crowded = [after < CROWDED * tick for tick, after in zip(ticks, nexts, strict=True)]  # such as 38 and 40
-            axes.set_xticks(ticks, ["" if is_so else f"{tick:g}" for tick, is_so in zip(ticks, crowded, strict=True)])
+            axes.set_xticks(ticks, label_ticks(ticks))
             axes.minorticks_off()
             axes.set_xlabel("guidance" if is_swept else "network calls an image")
             axes.set_title(f"{name}:\n{title}", fontsize=10, parse_math=False)
@@ -424,6 +422,18 @@ def open_named(sources: Sequence[str], device: str, dtype: torch.dtype, judge: s
             raise ValueError(f"`judge` must have no part in the training of {source}, got {judge}, which had.")
         pipelines[name].set_progress_bar_config(disable=True)
     return pipelines
+
+
+def label_ticks(ticks: Sequence[float]) -> list[str]:
+    """Returns the labels of ticks in rising order on a logarithmic axis; one close to its neighbour joins that one's."""
+    labels: list[str] = []
+    for i, tick in enumerate(ticks):
+        if i and tick < NEAR_TICKS * ticks[i - 1]:
+            labels[-1], near = "", labels[-1]
+            labels.append(f"{near}, {tick:g}")
+        else:
+            labels.append(f"{tick:g}")
+    return labels
 
 
 def parse_interval(text: str) -> tuple[float, float]:

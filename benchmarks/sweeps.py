@@ -9,7 +9,7 @@ train_scripts/train_ddpm.py on rendered scenes: for so many steps that all have 
 their networks, or take the same time (`--minutes`), told by a short trial; so the learning rate of each ends its whole
 course. A judge that taught none of them reads images of 100 label sets, drawn by the averaged weights, and compares them
 with scenes that no variant was trained on. Variants are ranked by the mean over seeds of the top-k, and by that of the
-kernel and the Frechet distance. Every row, a variant and a seed, has a record of its own: the same command goes on where
+kernel and the Frechet distance. A list may name one `scheduler` that draws the images of all. Every row, a variant and a seed, has a record of its own: the same command goes on where
 it was stopped, and rows that have none are listed as missing.
 """
 
@@ -30,6 +30,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 import yaml
@@ -124,6 +125,15 @@ def read_variants(path: Path) -> tuple[Scenes, dict[str, Variant]]:
         raise ValueError(f"{path}: `scenes` must hold {', '.join(fields)} and nothing else, got {content['scenes']}.")
     if not all(isinstance(value, int) and value > 0 for value in content["scenes"].values()):
         raise ValueError(f"{path}: `scenes` must hold positive whole numbers, got {content['scenes']}.")
+    scheduler = content.get("scheduler")
+    scheduler_class = getattr(diffusers, str(scheduler), None)
+    if scheduler is not None and not (
+        isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)
+    ):
+        raise ValueError(
+            f"{path}: `scheduler` must name a scheduler class of diffusers such as DPMSolverMultistepScheduler, got"
+            f" {scheduler!r}."
+        )
     entries = {str(name): dict(entry or {}) for name, entry in content["variants"].items()}
     trained = {
         name: Variant(
@@ -132,7 +142,7 @@ def read_variants(path: Path) -> tuple[Scenes, dict[str, Variant]]:
             {},
             name,
             share=entry.get("share", 1.0),
-            scheduler=content.get("scheduler"),
+            scheduler=scheduler,
         )
         for name, entry in entries.items()
         if "trained_as" not in entry
@@ -519,10 +529,12 @@ def write_results(sweep: Sweep, arguments: argparse.Namespace) -> None:
     write_text(arguments.results, json.dumps(result, indent=2) + "\n")
     cost = f"{arguments.tflop:g} TFLOP" if arguments.minutes is None else f"{arguments.minutes:g} minutes"
     environment = result["environment"]
+    schedulers = {variant.scheduler for variant in sweep.variants.values()} - {None}
+    solver = "".join(f" All drawn by {name}." for name in schedulers)
     summary = (
         f"Written by `benchmarks/sweeps.py`: variants trained for {cost} each on {environment['machine']},"
         f" {sweep.scenes.resolution}x{sweep.scenes.resolution} pixels, one to"
-        f" {sweep.scenes.max_objects} objects; means over seeds and standard deviations. Real images"
+        f" {sweep.scenes.max_objects} objects; means over seeds and standard deviations.{solver} Real images"
         f" give the judge {arguments.judge} top-k {real['top_k']:.3f}, exact {real['exact_match']:.3f}."
     )
     write_text(arguments.results.with_suffix(".md"), render_table(rows, missing, summary))

@@ -236,6 +236,11 @@ def test_what_is_no_interval_is_refused(text):
         few_calls.parse_interval(text)
 
 
+def test_the_label_of_a_tick_close_to_another_joins_that_ones():
+    assert few_calls.label_ticks([10, 18, 20, 38, 40]) == ["10", "18", "20", "", "38, 40"]
+    assert few_calls.label_ticks([1.5, 2, 3]) == ["1.5", "2", "3"]
+
+
 def test_the_command_writes_numbers_a_plot_and_a_sheet(tmp_path, judge, monkeypatch):
     monkeypatch.setenv("ICLEVR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(few_calls, "NUM_REFERENCE_STEPS", 6)

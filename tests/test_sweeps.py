@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from test_baselines import load_module
 from test_few_calls import NAMES, load_benchmark
 
@@ -108,6 +108,11 @@ def test_a_wider_network_of_more_cells_costs_more_and_another_way_of_drawing_not
         ("variants: {}", "must hold `scenes`, `base` and `variants`"),
         ("{scenes: {}, base: {}, variants: {}, solver: Euler}", "may hold `scheduler`"),
         (
+            "{base: {}, variants: {}, scheduler: DPMSolver}",
+            "`scheduler` must name a scheduler class of .* 'DPMSolver'",
+        ),
+        ("{base: {}, variants: {}, scheduler: 5}", "`scheduler` must name a scheduler class of diffusers .* got 5"),
+        (
             "{scenes: {resolution: 0, max_objects: 2, num_train: 2, num_compared: 2}, base: {}, variants: {}}",
             "`scenes` must hold positive whole numbers",
         ),
@@ -179,8 +184,15 @@ def test_one_scheduler_can_draw_the_images_of_all_variants(make_sweep, tmp_path,
     sweep = make_sweep(minutes=1.0, tflop=None)
     by_its_own = sweep.record("base", 0)
     monkeypatch.setattr(sweep, "variants", variants)
-    solved = sweep.record("base", 0)
-    assert solved["kernel_distance"] != by_its_own["kernel_distance"]
+    drawn_by = []
+    monkeypatch.setattr(
+        ConditionalDDPMPipeline, "__call__", lambda self, *args, **call: drawn_by.append(self.scheduler)
+    )
+    with pytest.raises(AttributeError):  # nothing is drawn
+        sweep.record("base", 0)
+    assert type(drawn_by[0]) is DPMSolverMultistepScheduler and drawn_by[0].config.flow_shift == 4.0
+    monkeypatch.undo()
+    assert sweep.record("base", 0, run=False) == by_its_own  # which has a record of its own
     assert len(trained) == 2  # a trial and a training, shared
 
 
