@@ -9,8 +9,8 @@ train_scripts/train_ddpm.py on rendered scenes: for so many steps that all have 
 their networks, or take the same time (`--minutes`), told by a short trial; so the learning rate of each ends its whole
 course. A judge that taught none of them reads images of 100 label sets, drawn by the averaged weights, and compares them
 with scenes that no variant was trained on. Variants are ranked by the mean over seeds of the top-k, and by that of the
-kernel and the Frechet distance. A list may name one `scheduler` that draws the images of all. Every row, a variant and a seed, has a record of its own: the same command goes on where
-it was stopped, and rows that have none are listed as missing.
+kernel and the Frechet distance. A list may name one `scheduler` that draws the images of all. Every row, a variant and a
+seed, has a record of its own: the same command goes on where it was stopped, and rows that have none are listed as missing.
 """
 
 import argparse
