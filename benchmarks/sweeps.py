@@ -30,7 +30,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 import yaml
@@ -40,7 +39,7 @@ from yardstick import Yardstick
 
 from iclevr_diffusion import ICLEVR_LABELS, load_pipeline
 from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
-from iclevr_diffusion.command_line import make_scheduler
+from iclevr_diffusion.command_line import find_scheduler_class, make_scheduler
 from iclevr_diffusion.data import open_store
 from iclevr_diffusion.denoiser import DenoiserConfig, make_denoiser
 from iclevr_diffusion.environment import describe_environment
@@ -126,14 +125,11 @@ def read_variants(path: Path) -> tuple[Scenes, dict[str, Variant]]:
     if not all(isinstance(value, int) and value > 0 for value in content["scenes"].values()):
         raise ValueError(f"{path}: `scenes` must hold positive whole numbers, got {content['scenes']}.")
     scheduler = content.get("scheduler")
-    scheduler_class = getattr(diffusers, str(scheduler), None)
-    if scheduler is not None and not (
-        isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)
-    ):
-        raise ValueError(
-            f"{path}: `scheduler` must name a scheduler class of diffusers such as DPMSolverMultistepScheduler, got"
-            f" {scheduler!r}."
-        )
+    if scheduler is not None:  # before anything is trained
+        try:
+            find_scheduler_class(scheduler)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     entries = {str(name): dict(entry or {}) for name, entry in content["variants"].items()}
     trained = {
         name: Variant(

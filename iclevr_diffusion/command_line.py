@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+from typing import Any
 
 import diffusers
 import torch
@@ -64,11 +65,21 @@ def open_pipeline(args: argparse.Namespace, device: str | torch.device | None) -
     return pipeline
 
 
-def make_scheduler(name: str, pipeline: DiffusionPipeline) -> diffusers.SchedulerMixin:
-    """Makes the named scheduler of diffusers with the noise schedule of the pipeline's own one."""
-    scheduler_class = getattr(diffusers, name, None)
+def find_scheduler_class(name: Any) -> type[diffusers.SchedulerMixin]:  # noqa: ANN401 -- read from a file, maybe
+    """Returns the scheduler class of diffusers of that name.
+
+    Raises:
+        ValueError: If `name` is not that of one.
+    """
+    scheduler_class = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
         raise ValueError(f"`scheduler` must name a scheduler class of diffusers such as DDIMScheduler, got {name!r}.")
+    return scheduler_class
+
+
+def make_scheduler(name: str, pipeline: DiffusionPipeline) -> diffusers.SchedulerMixin:
+    """Makes the named scheduler of diffusers with the noise schedule of the pipeline's own one."""
+    scheduler_class = find_scheduler_class(name)
     if not hasattr(pipeline, "scheduler"):
         raise ValueError(
             f"`scheduler` must be left out for a {type(pipeline).__name__}, which has none, got {name!r}."
