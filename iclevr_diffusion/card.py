@@ -93,7 +93,16 @@ def describe_training(output_dir: str | Path) -> dict[str, Any]:
     config = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     launches = _read(output_dir / "environment.json") or [{}]
-    public = ("device", "num_processes", "cpu_count", "torch_threads", "python", "versions", "git_commit")
+    public = (
+        "device",
+        "num_processes",
+        "cpu_count",
+        "torch_threads",
+        "mixed_precision",
+        "python",
+        "versions",
+        "git_commit",
+    )
     images = config["batch_size"] * config.get("gradient_accumulation_steps", 1) * launches[-1].get("num_processes", 1)
     steps = [0, *(line["step"] for line in lines)]
     return {

@@ -43,7 +43,8 @@ class TrainConfig:
     batch_size: int = option(64, "images a process and micro-step")
     gradient_accumulation_steps: int = option(1, "micro-steps whose gradients are averaged for one optimisation step")
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
-        "no", "precision of the forward pass; weights stay float32"
+        "no",
+        "precision of the forward pass; weights stay float32, and bf16 is float32 where the device only emulates it",
     )
     max_grad_norm: float | None = option(1.0, "gradients longer than this are scaled down to it; none leaves them")
     learning_rate: float = option(1e-4, "learning rate after the warm-up")

@@ -18,7 +18,7 @@ import accelerate.utils
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedType
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin
 from diffusers import DiffusionPipeline, ModelMixin
 from filelock import FileLock, Timeout
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from iclevr_diffusion.checkpoint import Stateful, load_checkpoint, newest_checkpoint, read_manifest, save_checkpoint
 from iclevr_diffusion.config import Config, TrainConfig, parse_config
-from iclevr_diffusion.environment import describe_environment, lost_processes_note
+from iclevr_diffusion.environment import describe_environment, has_bfloat16, lost_processes_note
 from iclevr_diffusion.files import judge_name, write_text
 from iclevr_diffusion.first_weights import load_weights
 from iclevr_diffusion.provenance import first_weights_facts
@@ -119,9 +119,10 @@ class TrainingRun:
         self.step = 0
         # Of several processes on the CPU each would otherwise believe to be alone.
         several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+        emulated = config.mixed_precision == "bf16" and not has_bfloat16(PartialState(cpu=several_on_cpu).device)
         self.accelerator = Accelerator(
             cpu=several_on_cpu,
-            mixed_precision=config.mixed_precision,
+            mixed_precision="no" if emulated else config.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
             ),
@@ -166,6 +167,11 @@ class TrainingRun:
         # many times as long; they count as zeros.
         torch.set_flush_denormal(True)
         self.print(f"Outputs go to {self.output_dir.resolve()}.")
+        if emulated:
+            self.print(
+                f"{self.accelerator.device.type.upper()} without bfloat16 instructions: mixed_precision bf16 would be"
+                " emulated, many times slower than float32, so this run calculates in float32."
+            )
         if note := lost_processes_note(self.accelerator.num_processes):
             self.print(note)
         num_cores = os.cpu_count() or 1
@@ -650,6 +656,7 @@ class TrainingRun:
             launches = json.loads(path.read_text()) if path.exists() else []
             launch = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": [sys.executable, *sys.argv]}
             launch |= describe_environment(self.accelerator.device, self.accelerator.num_processes)
+            launch["mixed_precision"] = self.accelerator.mixed_precision  # in which it ran, whatever the recipe asks
             write_text(path, json.dumps([*launches, launch], indent=2) + "\n")
 
 

@@ -3,8 +3,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from iclevr_diffusion.environment import lost_processes_note
+from iclevr_diffusion.environment import has_bfloat16, lost_processes_note
 
 
 @pytest.fixture
@@ -23,6 +24,31 @@ def test_a_process_that_was_not_to_be_alone_is_told_how_to_start_the_others(lost
 def test_a_process_that_was_to_be_alone_is_told_nothing(lost, monkeypatch, variable):
     monkeypatch.delenv(variable)
     assert lost_processes_note(1) is None
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": True}, True),
+        ({"architecture": "x86_64", "avx2": True, "amx_bf16": True}, True),
+        ({"architecture": "x86_64", "avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"architecture": "aarch64", "neon": True, "bf16": True}, True),
+        ({"architecture": "aarch64", "neon": True, "bf16": False}, False),
+    ],
+)
+def test_a_cpu_has_bfloat16_where_it_has_instructions_for_products(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert has_bfloat16(torch.device("cpu")) is expected
+
+
+def test_a_gpu_that_emulates_bfloat16_does_not_have_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not has_bfloat16(torch.device("cuda"))
+
+
+def test_bfloat16_is_taken_for_granted_where_nothing_tells(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert has_bfloat16(torch.device("cpu")) and has_bfloat16(torch.device("mps"))
 
 
 @pytest.mark.slow

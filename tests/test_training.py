@@ -128,7 +128,10 @@ def fail(step):
     ids=["plain", "accumulation", "bf16", "no clipping"],
 )
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_a_run_stopped_after_any_step_and_resumed_ends_bit_equal_to_an_unbroken_one(tmp_path, fields, stop):
+def test_a_run_stopped_after_any_step_and_resumed_ends_bit_equal_to_an_unbroken_one(
+    tmp_path, monkeypatch, fields, stop
+):
+    monkeypatch.setattr(training, "has_bfloat16", lambda device: True)  # emulated, if need be
     unbroken, model, _ = train(make_config(tmp_path / "unbroken", **fields))
     state = torch.get_rng_state(), random.getstate()
     with pytest.raises(SystemExit):
@@ -139,6 +142,19 @@ def test_a_run_stopped_after_any_step_and_resumed_ends_bit_equal_to_an_unbroken_
     assert hashes(unbroken) == hashes(resumed)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other_model.parameters(), strict=True))
     assert torch.equal(state[0], torch.get_rng_state()) and state[1] == random.getstate()
+
+
+@pytest.mark.parametrize(("has_it", "precision"), [(True, "bf16"), (False, "no")])
+def test_bfloat16_that_would_be_emulated_is_float32_and_the_run_says_so(
+    tmp_path, monkeypatch, capfd, has_it, precision
+):
+    monkeypatch.setattr(training, "has_bfloat16", lambda device: has_it)
+    run, *_ = train(make_config(tmp_path, mixed_precision="bf16", max_steps=1))
+    assert run.accelerator.mixed_precision == precision
+    assert ("CPU without bfloat16 instructions" in capfd.readouterr().err) is not has_it
+    assert [launch["mixed_precision"] for launch in json.loads((tmp_path / "environment.json").read_text())] == [
+        precision
+    ]
 
 
 def test_a_run_that_was_killed_repeats_the_steps_since_its_checkpoint(tmp_path):

@@ -86,7 +86,7 @@ def main(config: DDPMConfig) -> None:
     unet.set_data_statistics(*statistics)
     averages = make_averages(unet, config.ema_decay, config.ema_lengths)
     averages = {key: run.track(average, f"ema{key}") for key, average in averages.items()}
-    choose_attention(unet, run.accelerator.device, config.mixed_precision)
+    choose_attention(unet, run.accelerator.device, run.accelerator.mixed_precision)
     if config.compile:
         unet.compile()
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}

@@ -111,7 +111,7 @@ def main(config: StudentConfig) -> None:
     run.start_from(config.init_from, unet, pipeline.vocabulary.names)
     unet.set_data_statistics(pipeline.unet.data_mean, pipeline.unet.data_std)  # not those of other first weights
     ema = run.track(ExponentialMovingAverage(unet, config.ema_decay))
-    choose_attention(unet, device, config.mixed_precision)
+    choose_attention(unet, device, run.accelerator.mixed_precision)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
     model, optimizer, lr_scheduler = run.prepare(unet, optimizer, run.lr_scheduler(optimizer))
     scheduler = make_flow_solver(config.time_shift, solver_order=1)
