@@ -278,7 +278,9 @@ class Sweep:
             self._train(folder, variant.recipe, seed, num_steps)
             # In the training loop, in all launches together.
             seconds = read_manifest(newest_checkpoint(folder / "checkpoints"))["facts"]["seconds"]
-            write_text(folder / "trained.json", json.dumps({"seconds": round(seconds, 1)}) + "\n")
+            launches = json.loads((folder / "environment.json").read_text())
+            facts = {"seconds": round(seconds, 1), "mixed_precision": launches[-1]["mixed_precision"]}
+            write_text(folder / "trained.json", json.dumps(facts) + "\n")
         return num_steps
 
     def _draw(self, variant: Variant, seed: int) -> np.ndarray:
@@ -400,6 +402,7 @@ def summarize(records: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[di
             row["measures"][metric] = measure
         costs = ("num_steps", "tflop", "seconds")
         row |= {cost: statistics.fmean(runs[seed][cost] for seed in row["seeds"]) for cost in costs}
+        row["mixed_precision"] = [runs[seed]["mixed_precision"] for seed in row["seeds"]]
         rows.append(row)
     most = max((len(row["seeds"]) for row in rows), default=0)
     for metric in RANKED_BY:
@@ -431,6 +434,16 @@ def render_table(rows: Sequence[Mapping[str, Any]], missing: Sequence[str], summ
         cells += ["-" if above is None else f"{above:+.3f}", "-" if better is None else str(better)]
         cells += [f"{row['num_steps']:.0f}", f"{row['tflop']:.2f}", f"{row['seconds'] / 60:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
+    by_precision: dict[str, list[str]] = {}
+    for row in rows:
+        for seed, precision in zip(row["seeds"], row["mixed_precision"], strict=True):
+            by_precision.setdefault("float32" if precision == "no" else precision, []).append(
+                f"{row['variant']} (seed {seed})"
+            )
+    if len(by_precision) > 1:  # the machines differed
+        fewest = min(by_precision, key=lambda precision: len(by_precision[precision]))
+        others = " or ".join(precision for precision in by_precision if precision != fewest)
+        lines += ["", f"Trained in {fewest}, the others in {others}: {', '.join(by_precision[fewest])}."]
     return "\n".join([*lines, "", f"Not run yet: {', '.join(missing) or 'none'}.", ""])
 
 

@@ -66,6 +66,7 @@ def trained(monkeypatch):
         torch.nn.init.normal_(unet.class_embedding.bias)
         pipeline.save_pretrained(folder / "pipeline-0.1")
         (folder / "metrics.jsonl").write_text('{"step": 30, "images_per_second": 10.0}\n')
+        (folder / "environment.json").write_text('[{"mixed_precision": "bf16"}, {"mixed_precision": "no"}]')
         save_checkpoint(folder / "checkpoints", num_steps, {}, {"seconds": 60.04})
 
     monkeypatch.setattr(sweeps.Sweep, "_train", train)
@@ -147,10 +148,11 @@ def test_a_row_is_trained_and_measured_once_and_shared_by_other_ways_of_drawing(
     sweep = make_sweep(tflop=5 * flop / 1e12)
     assert sweep.record("base", 0, run=False) is None
     record = sweep.record("base", 0)
-    assert set(record) == {*sweeps.METRICS, "num_steps", "tflop", "seconds"}
+    assert set(record) == {*sweeps.METRICS, "num_steps", "tflop", "seconds", "mixed_precision"}
     assert record["num_steps"] == 5
     assert record["tflop"] == pytest.approx(5 * flop / 1e12)
     assert record["seconds"] == 60.0  # those of the run, also of one that was resumed
+    assert record["mixed_precision"] == "no"  # that of the last launch
     assert make_sweep(tflop=5 * flop / 1e12).record("base", 0, run=False) == record
     guided = sweep.record("guided", 0)
     assert guided["kernel_distance"] != record["kernel_distance"]
@@ -203,16 +205,22 @@ def test_minutes_are_turned_into_steps_by_a_trial(make_sweep, trained):
     assert [steps for _, _, steps in trained] == [sweeps.TRIAL_STEPS, 150, 150]
 
 
-def record(top_k, kernel, seconds=60.0):
+def record(top_k, kernel, seconds=60.0, mixed_precision="bf16"):
     measures = {"top_k": top_k, "exact_match": 0.5, "kernel_distance": kernel, "frechet_distance": 2 * kernel}
-    return measures | {"diversity": None, "num_steps": 10, "tflop": 1.5, "seconds": seconds}
+    return measures | {
+        "diversity": None,
+        "num_steps": 10,
+        "tflop": 1.5,
+        "seconds": seconds,
+        "mixed_precision": mixed_precision,
+    }
 
 
 def test_variants_are_ranked_by_means_over_seeds():
     records = {
         "base": {0: record(0.5, 2.0), 1: record(0.7, 4.0)},
         "better": {0: record(0.6, 2.5), 1: record(0.8, 4.5, seconds=120.0)},
-        "half": {1: record(0.9, 1.0)},
+        "half": {1: record(0.9, 1.0, mixed_precision="no")},
         "none": {},
     }
     better, base, half = sweeps.summarize(records)
@@ -236,7 +244,8 @@ def test_variants_are_ranked_by_means_over_seeds():
         in table
     )
     assert "| half | 1 | 0.900 | 0.500 | 1.000 | 2.000 | - | -, -, - | +0.200 | 1 | 10 | 1.50 | 1.0 |" in table
-    assert table.endswith("Not run yet: none (seed 0).\n")
+    assert table.endswith("Trained in float32, the others in bf16: half (seed 1).\n\nNot run yet: none (seed 0).\n")
+    assert "Trained in" not in sweeps.render_table([better], [], "Summary.")  # all alike
 
 
 def test_the_command_writes_a_table_and_lists_what_is_missing(make_sweep, trained, tmp_path, monkeypatch):
