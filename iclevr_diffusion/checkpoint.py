@@ -104,7 +104,9 @@ def load_checkpoint(folder: str | Path, objects: Mapping[str, Stateful]) -> dict
         )
     for name, value in objects.items():
         path = folder / f"{name}.safetensors"
-        tensors = load_file(path) if path.exists() else {}
+        # What `load_file` gives are parts of a mapped file, which an optimizer keeps, and which Windows and network file
+        # systems do not let go while they are mapped.
+        tensors = {key: tensor.clone() for key, tensor in load_file(path).items()} if path.exists() else {}
         value.load_state_dict(_unpack(json.loads((folder / f"{name}.json").read_text()), tensors))
     return manifest["facts"]
 

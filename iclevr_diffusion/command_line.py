@@ -2,12 +2,15 @@
 
 import argparse
 import inspect
+import io
+import sys
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from iclevr_diffusion.environment import default_device, device_fault
 from iclevr_diffusion.flow_solver import straight_path
 from iclevr_diffusion.loading import BACKENDS, DEFAULT_PIPELINE, load_pipeline
 
@@ -37,20 +40,34 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
         help="what runs a diffusion model's network; compiled takes long to begin and less for each image drawn alone, by"
         " CUDA graphs on a GPU; onnx takes all steps in one graph on the CPU",
     )
-    parser.add_argument("--device", default=None, help="such as cpu or cuda; by default the best one there is")
+    parser.add_argument(
+        "--device", default=None, help="such as cpu, cuda or mps; by default cuda where it works, else cpu"
+    )
+
+
+def print_any_label() -> None:
+    """Has what the terminal's encoding lacks printed as escapes, where an error would end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not what a test or a notebook has put there
+            stream.reconfigure(errors="backslashreplace")
 
 
 def open_pipeline(args: argparse.Namespace, device: str | torch.device | None) -> DiffusionPipeline:
-    """Opens the pipeline that the flags of `add_pipeline_arguments` name, on `device`, with the scheduler they name."""
-    try:  # an unknown device and one that this machine lacks fail only once they are used
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"`device` must be one of this machine's, such as cpu or cuda, got {str(device)!r}: {reason}"
-        ) from error
+    """Opens the pipeline that the flags of `add_pipeline_arguments` name, with the scheduler they name.
+
+    Args:
+        args: The flags.
+        device: Where it draws; by default on a GPU that works, else on the CPU.
+
+    Raises:
+        ValueError: If there is no such device, or a flag does not fit the pipeline.
+    """
     if args.backend == "onnx" and args.device is None:
         device = "cpu"  # where alone it runs
+    elif device is None:
+        device = default_device()
+    elif (fault := device_fault(device)) is not None:
+        raise ValueError(f"`device` must be one of this machine's, such as cpu or cuda, got {str(device)!r}: {fault}")
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     pipeline = load_pipeline(
         args.pipeline,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from iclevr_diffusion.command_line import print_any_label
 from iclevr_diffusion.files import write_text
 from iclevr_diffusion.images import save_png
 from iclevr_diffusion.leaderboard import load_system, make_leaderboard
@@ -157,6 +158,7 @@ def compare(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; what a user gave wrongly ends it with one line."""
     args = parse_arguments(argv)
+    print_any_label()
     try:
         compare(args)
     except (ValueError, OSError, ImportError) as error:

@@ -139,7 +139,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str] | None = N
 
 def _read_recipe(path: str, fields: dict[str, Any]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be a YAML file of fields and values: {error}") from None
     if not isinstance(values, dict):

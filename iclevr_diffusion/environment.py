@@ -5,10 +5,12 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 PACKAGES = ("iclevr-diffusion", "torch", "diffusers", "accelerate", "transformers", "datasets", "numpy", "onnxruntime")
 
@@ -51,6 +53,54 @@ def has_bfloat16(device: torch.device) -> bool:
         return True
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"))
+
+
+def device_fault(device: torch.device | str) -> str | None:
+    """Says in a line why nothing can be calculated on a device, if so.
+
+    A device that PyTorch lists may still be one whose kernels this build of PyTorch lacks, which shows once one is used.
+    """
+    try:
+        (torch.ones(2, device=device) + 1).cpu()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
+def default_device() -> torch.device:
+    """Returns where networks run if nobody says: on a GPU of CUDA or ROCm that works, else on the CPU."""
+    if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
+    if (fault := device_fault("cuda")) is not None:
+        warnings.warn(f"The GPU cannot be used ({fault}), so the CPU is.", stacklevel=2)
+        return torch.device("cpu")
+    return torch.device("cuda")
+
+
+def num_processors() -> int:
+    """Counts the processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_note(num_processes: int) -> str | None:
+    """Says what to do where the processes on the CPU of this machine have fewer or more threads than there are processors.
+
+    Args:
+        num_processes: How many processes share the work; of several machines, `LOCAL_WORLD_SIZE` says how many are here.
+    """
+    processors = num_processors()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    threads = here * torch.get_num_threads()
+    if threads == processors:
+        return None
+    wanted = max(1, processors // here)
+    if threads < processors:
+        return f"{threads} of the {processors} CPU cores are used; OMP_NUM_THREADS={wanted} uses {wanted * here}."
+    if torch.get_num_threads() == wanted:
+        return None  # more processes than processors, of one thread each
+    return (
+        f"{threads} threads share {processors} CPU cores and wait for each other; OMP_NUM_THREADS={wanted} is faster."
+    )
 
 
 def lost_processes_note(num_processes: int) -> str | None:

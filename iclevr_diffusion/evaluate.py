@@ -8,8 +8,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
-from iclevr_diffusion.command_line import SAMPLING_OPTIONS, add_pipeline_arguments, open_pipeline
+from iclevr_diffusion.command_line import SAMPLING_OPTIONS, add_pipeline_arguments, open_pipeline, print_any_label
 from iclevr_diffusion.data import ImageStore, open_store
 from iclevr_diffusion.environment import lost_processes_note
 from iclevr_diffusion.evaluation import DEFAULT_NUM_SEEDS, Evaluator
@@ -97,12 +98,13 @@ def judges_by_name(sources: Sequence[str]) -> dict[str, str]:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Sets the evaluation up as the command line says, runs it and prints the scores."""
-    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))  # for processes of unlike speed
+    use_cpu = args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=use_cpu, timeout=timedelta(days=1))  # for processes of unlike speed
     if note := lost_processes_note(state.num_processes):
         print(note, file=sys.stderr)
     if args.device is not None and state.num_processes > 1 and args.device != "cpu":
         raise ValueError(f"`device` must be left out with several processes, got {args.device}: each has its own.")
-    pipeline = open_pipeline(args, args.device or state.device)
+    pipeline = open_pipeline(args, state.device if state.num_processes > 1 else args.device)
     pipeline.set_progress_bar_config(disable=True)
     vocabulary = getattr(pipeline, "vocabulary", None)
     judges = {
@@ -172,6 +174,7 @@ def pipeline_name(path_or_repo: str | None) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; what a user gave wrongly ends it with one line."""
     args = parse_arguments(argv)
+    print_any_label()
     try:
         evaluate(args)
     except (ValueError, OSError, ImportError) as error:

@@ -1,6 +1,9 @@
+import errno
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -50,6 +53,30 @@ def run_name(path: str | PurePath) -> str:
 def judge_name(path: str | PurePath) -> str:
     """Names a judge, which may also be the course's checkpoint."""
     return run_name(path).removesuffix(".pth")
+
+
+def is_unwritable(error: OSError) -> bool:
+    """Whether nothing could be written because of whose, on what, or how full a folder is, or because it has no locks."""
+    reasons = ("EROFS", "ENOSPC", "EDQUOT", "ENOLCK")
+    return isinstance(error, PermissionError) or error.errno in {getattr(errno, name, None) for name in reasons}
+
+
+@contextmanager
+def writing_to_cache(what: str, folder: Path) -> Iterator[None]:
+    """Has an error of writing into a folder of the cache say what to do about it.
+
+    Raises:
+        PermissionError: If the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_unwritable(error):
+            raise
+        raise PermissionError(
+            f"Cannot write {what} into `{folder}` ({error}); give another `cache_dir` or set the environment variable"
+            " ICLEVR_CACHE."
+        ) from error
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:

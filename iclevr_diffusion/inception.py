@@ -1,6 +1,6 @@
 """The standard FID and KID, in the features of the Inception network that their names stand for.
 
-They need the package torch-fidelity (`pip install "iclevr_diffusion[fid]"`) and its weights file, which nothing here
+They need the package torch-fidelity (`pip install torch-fidelity`) and its weights file, which nothing here
 downloads. This project's tests cover the check of that file, the call of torch-fidelity and the formulas; the Inception
 network itself has never run in them, for want of the file.
 """
@@ -48,7 +48,7 @@ class InceptionFeatures(nn.Module):
         except ImportError as error:
             raise ImportError(
                 "The standard FID and KID need the package torch-fidelity, which cannot be imported"
-                f' ({error}); run `pip install "iclevr_diffusion[fid]"`.'
+                f" ({error}); run `pip install torch-fidelity`."
             ) from error
         # The bytes that were checked, not the path: what is unpickled cannot have changed in between.
         self.network = FeatureExtractorInceptionV3(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from iclevr_diffusion.command_line import print_any_label
 from iclevr_diffusion.data import LabelledImages, open_source
 from iclevr_diffusion.files import write_text
 from iclevr_diffusion.images import save_png
@@ -33,19 +34,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; what a user gave wrongly, or a training would refuse, ends it with status 1."""
     arguments = parse_arguments(argv)
+    print_any_label()
     try:
         source = open_source(arguments.data, skip_faults=True)
         if isinstance(source, LabelledImages):
             print(source.describe())
         found = inspect_images(source, resolution=arguments.resolution)
-        print(format_inspection(found))
         if arguments.out is not None:
             out = Path(arguments.out)
             write_text(out / "inspection.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
             sheet = make_sheet(source, found)
             if sheet is not None:
                 save_png(sheet, out / "sheet.png", {"data": source.name})
-            print(f"Written to {out.resolve()}: inspection.json{'' if sheet is None else ', sheet.png'}")
+            written = f"Written to {out.resolve()}: inspection.json{'' if sheet is None else ', sheet.png'}"
+        print(format_inspection(found))
+        if arguments.out is not None:
+            print(written)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"iclevr-inspect: {error}")
     if found["refusals"]:

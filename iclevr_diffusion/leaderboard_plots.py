@@ -223,7 +223,7 @@ def _make_figure(width: float, height: float) -> Any:  # noqa: ANN401 -- matplot
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError(
-            "The leaderboard's pictures need matplotlib, which is not installed: pip install 'iclevr_diffusion[eval]'."
+            "The leaderboard's pictures need matplotlib, which is not installed: pip install matplotlib."
         ) from None
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 

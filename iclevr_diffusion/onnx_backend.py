@@ -18,7 +18,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 import iclevr_diffusion
-from iclevr_diffusion.files import cache_folder
+from iclevr_diffusion.files import cache_folder, writing_to_cache
 from iclevr_diffusion.judging import weights_sha256
 from iclevr_diffusion.pipelines.composition import Composition
 from iclevr_diffusion.pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline
@@ -66,8 +66,8 @@ class OnnxDDPMPipeline(ConditionalDDPMPipeline):
             )
         if missing := [name for name in _PACKAGES if util.find_spec(name) is None]:
             raise ImportError(
-                f'`backend="onnx"` needs {" and ".join(missing)}; install them by `pip install'
-                ' "iclevr_diffusion[onnx]"`, or leave `backend` out.'
+                f'`backend="onnx"` needs {" and ".join(missing)}; run `pip install {" ".join(missing)}`, or leave'
+                " `backend` out."
             )
         made = cls(
             pipeline.unet,
@@ -301,11 +301,12 @@ def graph_file(unet: nn.Module, cache_dir: str | Path | None = None) -> Path:
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     path = cache_dir / f"network-{key[:32]}.onnx"
     if not path.is_file():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=cache_dir) as temporary:
-            unfinished = Path(temporary) / path.name
-            _write_graph(unet, unfinished)
-            os.replace(unfinished, path)
+        with writing_to_cache("the network's graph", cache_dir):
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=cache_dir) as temporary:
+                unfinished = Path(temporary) / path.name
+                _write_graph(unet, unfinished)
+                os.replace(unfinished, path)
     return path
 
 

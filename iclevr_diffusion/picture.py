@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from iclevr_diffusion.command_line import SAMPLING_OPTIONS, add_pipeline_arguments, open_pipeline
+from iclevr_diffusion.command_line import SAMPLING_OPTIONS, add_pipeline_arguments, open_pipeline, print_any_label
 from iclevr_diffusion.pictures import (
     Picture,
     draw_classes,
@@ -86,7 +85,7 @@ def curves(args: argparse.Namespace) -> Picture:
 
 
 def _open(args: argparse.Namespace) -> DiffusionPipeline:
-    return open_pipeline(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return open_pipeline(args, args.device)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -221,6 +220,7 @@ def _at_least(least: int, text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; what a user gave wrongly ends it with one line."""
     args = make_parser().parse_args(argv)
+    print_any_label()
     try:
         files = args.draw(args).save(args.out)
     except (ValueError, OSError, ImportError) as error:

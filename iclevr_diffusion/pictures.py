@@ -288,7 +288,7 @@ def draw_curves(runs: Sequence[str | Path], names: Sequence[str] | None = None) 
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError(
-            "A picture of curves needs matplotlib, which is not installed: pip install 'iclevr_diffusion[eval]'."
+            "A picture of curves needs matplotlib, which is not installed: pip install matplotlib."
         ) from None
     metrics = {str(run): _read_metrics(run) for run in dict.fromkeys(map(Path, runs))}
     logged = list(

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
 import iclevr_diffusion
 from iclevr_diffusion.call_options import call_options, request_lines, request_text, takes
-from iclevr_diffusion.command_line import SAMPLING_OPTIONS, add_pipeline_arguments, open_pipeline
+from iclevr_diffusion.command_line import SAMPLING_OPTIONS, add_pipeline_arguments, open_pipeline, print_any_label
 from iclevr_diffusion.images import file_stem, make_grid, make_strip, save_png
 from iclevr_diffusion.labels import LabelVocabulary, read_label_lists
 from iclevr_diffusion.loading import DEFAULT_PIPELINE
@@ -107,8 +106,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; what a user gave wrongly ends it with one line."""
     args = parse_arguments(argv)
+    print_any_label()
     try:
-        pipeline = open_pipeline(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        pipeline = open_pipeline(args, args.device)
         if pipeline.vocabulary is None:
             raise ValueError(
                 f"`pipeline` must draw images of labels, got a {type(pipeline).__name__} that knows none;"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, PartialState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from diffusers import DiffusionPipeline, ModelMixin
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
@@ -28,7 +28,13 @@ from tqdm.auto import tqdm
 
 from iclevr_diffusion.checkpoint import Stateful, load_checkpoint, newest_checkpoint, read_manifest, save_checkpoint
 from iclevr_diffusion.config import Config, TrainConfig, parse_config
-from iclevr_diffusion.environment import describe_environment, has_bfloat16, lost_processes_note
+from iclevr_diffusion.environment import (
+    describe_environment,
+    device_fault,
+    has_bfloat16,
+    lost_processes_note,
+    threads_note,
+)
 from iclevr_diffusion.files import judge_name, write_text
 from iclevr_diffusion.first_weights import load_weights
 from iclevr_diffusion.provenance import first_weights_facts
@@ -119,9 +125,16 @@ class TrainingRun:
         self.step = 0
         # Of several processes on the CPU each would otherwise believe to be alone.
         several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
-        emulated = config.mixed_precision == "bf16" and not has_bfloat16(PartialState(cpu=several_on_cpu).device)
+        use_cpu = several_on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+        device = PartialState(cpu=use_cpu).device
+        if (fault := device_fault(device)) is not None:
+            raise ValueError(
+                f"Nothing can be calculated on {device}: {fault}. Install a build of PyTorch for this device, or train on"
+                " the CPU, with --config_file train_scripts/accelerate/cpu.yaml behind `accelerate launch`."
+            )
+        emulated = config.mixed_precision == "bf16" and not has_bfloat16(device)
         self.accelerator = Accelerator(
-            cpu=several_on_cpu,
+            cpu=use_cpu,
             mixed_precision="no" if emulated else config.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
@@ -174,14 +187,8 @@ class TrainingRun:
             )
         if note := lost_processes_note(self.accelerator.num_processes):
             self.print(note)
-        num_cores = os.cpu_count() or 1
-        if (
-            self.accelerator.device.type == "cpu"
-            and self.accelerator.num_processes * torch.get_num_threads() < num_cores
-        ):
-            self.print(
-                f"Not all of the {num_cores} CPU cores are used; OMP_NUM_THREADS={num_cores} gives one process all."
-            )
+        if device.type == "cpu" and (note := threads_note(self.accelerator.num_processes)):
+            self.print(note)
 
     @property
     def checkpoints(self) -> Path:
@@ -511,7 +518,15 @@ class TrainingRun:
             elif number == signal.SIGINT and time.monotonic() > first + 1:
                 raise KeyboardInterrupt
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        # SIGHUP comes where a terminal is closed, SIGUSR1 from job schedulers that are about to end a job, SIGBREAK from
+        # a console of Windows. Who ignores one, as `nohup` has SIGHUP ignored, goes on doing so.
+        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK")
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        before = {
+            number: signal.signal(number, note)
+            for number in numbers
+            if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) == signal.SIG_DFL
+        }
         try:
             yield
         finally:

@@ -171,3 +171,12 @@ def test_a_checkpoint_of_other_objects_is_refused(tmp_path):
     folder = save_checkpoint(tmp_path, 1, {"model_0": Holder({})}, {})
     with pytest.raises(ValueError, match=r"\['model_0'\], got \['model_0', 'model_1'\]"):
         load_checkpoint(folder, {"model_0": Holder({}), "model_1": Holder({})})
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="nothing tells which files are mapped")
+def test_a_checkpoint_that_was_loaded_does_not_stay_mapped(tmp_path):
+    folder = save_checkpoint(tmp_path, 2, trained(0), {})
+    others = trained(1)
+    load_checkpoint(folder, others)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert others["optimizer"].state_dict()["state"]  # which keeps what it is given

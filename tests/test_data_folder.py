@@ -1,5 +1,6 @@
 """What is wrong with a folder of images is refused with the file and the entry named."""
 
+import errno
 import json
 import os
 import zlib
@@ -210,9 +211,13 @@ def test_a_folder_that_may_not_be_written_is_enough(root, tmp_path):
             path.chmod(0o755)
 
 
-def test_a_cache_that_cannot_be_made_is_refused_with_the_way_out(root, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError("Permission denied"), OSError(errno.ENOSPC, "No space left"), OSError(errno.ENOLCK, "No locks")],
+)
+def test_a_cache_that_cannot_be_made_is_refused_with_the_way_out(root, tmp_path, monkeypatch, error):
     def refuse(*args, **kwargs):
-        raise PermissionError("Permission denied")
+        raise error
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(PermissionError, match="ICLEVR_CACHE"):

@@ -1,11 +1,21 @@
+import contextlib
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from iclevr_diffusion.environment import has_bfloat16, lost_processes_note
+from iclevr_diffusion import environment
+from iclevr_diffusion.environment import (
+    default_device,
+    device_fault,
+    has_bfloat16,
+    lost_processes_note,
+    num_processors,
+    threads_note,
+)
 
 
 @pytest.fixture
@@ -49,6 +59,54 @@ def test_a_gpu_that_emulates_bfloat16_does_not_have_it(monkeypatch):
 def test_bfloat16_is_taken_for_granted_where_nothing_tells(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert has_bfloat16(torch.device("cpu")) and has_bfloat16(torch.device("mps"))
+
+
+def test_a_device_that_calculates_has_no_fault_and_another_says_why():
+    assert device_fault("cpu") is None
+    assert "data is allocated" in device_fault("meta") or "meta" in device_fault("meta")
+
+
+@pytest.mark.parametrize(
+    ("fault", "use_cpu", "expected"), [(None, "0", "cuda"), (None, "1", "cpu"), ("no kernel image", "0", "cpu")]
+)
+def test_a_gpu_is_taken_by_itself_where_it_works_and_was_not_forbidden(monkeypatch, fault, use_cpu, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(environment, "device_fault", lambda device: fault)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
+    expectation = pytest.warns(UserWarning, match="no kernel image") if fault else contextlib.nullcontext()
+    with expectation:
+        assert default_device().type == expected
+
+
+@pytest.mark.parametrize(
+    ("processors", "threads", "processes", "advice"),
+    [
+        (4, 4, 1, None),
+        (4, 2, 2, None),
+        (4, 1, 1, "1 of the 4 CPU cores are used; OMP_NUM_THREADS=4 uses 4"),
+        (5, 1, 2, "2 of the 5 CPU cores are used; OMP_NUM_THREADS=2 uses 4"),
+        (4, 64, 1, "64 threads share 4 CPU cores .* OMP_NUM_THREADS=4"),
+        (1, 1, 2, None),
+    ],
+)
+def test_threads_that_do_not_fit_the_processors_are_told(monkeypatch, processors, threads, processes, advice):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(environment, "num_processors", lambda: processors)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    note = threads_note(processes)
+    assert note is None if advice is None else re.search(advice, note)
+
+
+def test_of_several_machines_the_processes_of_this_one_count(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(environment, "num_processors", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert threads_note(8) is None
+
+
+def test_only_the_processors_that_a_process_may_use_count(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
+    assert num_processors() == 2
 
 
 @pytest.mark.slow

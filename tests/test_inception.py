@@ -105,7 +105,7 @@ def test_the_network_is_built_from_the_bytes_that_were_checked(weights, stand_in
 
 def test_without_torch_fidelity_it_says_what_to_install(weights, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match=r'torch-fidelity.* run `pip install "iclevr_diffusion\[fid\]"`'):
+    with pytest.raises(ImportError, match=r"torch-fidelity.* run `pip install torch-fidelity`"):
         InceptionFeatures(weights)
 
 

@@ -1,6 +1,9 @@
 """What `iclevr-inspect` counts in a set of images, and when it ends with status 1."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -247,3 +250,17 @@ def test_what_cannot_be_inspected_ends_it_with_the_reason(photos, monkeypatch, a
     monkeypatch.chdir(photos.parent)
     with pytest.raises(SystemExit, match=f"iclevr-inspect: .*{expected}"):
         main(arguments)
+
+
+def test_labels_that_the_terminal_cannot_show_are_written_as_escapes(photos, tmp_path):
+    (photos / "metadata.jsonl").write_text(
+        "".join(
+            json.dumps({"file_name": path.name, "labels": ["\u732b"]}) + "\n" for path in sorted(photos.glob("*.png"))
+        ),
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "iclevr_diffusion.inspect_data", str(photos), "--out", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert b"\\u732b" in done.stdout and b"codec" not in done.stderr
+    assert "\u732b" in (tmp_path / "out" / "inspection.json").read_text(encoding="utf-8")

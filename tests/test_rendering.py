@@ -267,7 +267,10 @@ def test_a_folder_begun_with_other_arguments_is_refused_and_left_alone(tmp_path)
     assert file_hashes(root) == before
 
 
-def test_a_folder_with_other_files_is_refused(tmp_path):
+def test_a_folder_with_other_files_is_refused_but_for_one_that_a_mac_leaves_everywhere(tmp_path):
+    (tmp_path / "mac").mkdir()
+    (tmp_path / "mac" / ".DS_Store").touch()
+    render_dataset(tmp_path / "mac", 1, size=16, progress=False)
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match="not rendered here"):
         render_dataset(tmp_path, 1, size=16, progress=False)
@@ -299,3 +302,15 @@ def test_the_command_renders_and_says_where(tmp_path, capsys):
 def test_the_command_answers_a_wrong_argument_with_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"^iclevr-render: `num_scenes` must be at least 1, got 0\.$"):
         main(["--out", str(tmp_path / "new"), "--num_scenes", "0"])
+
+
+def test_a_script_without_a_main_guard_is_told_of_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from iclevr_diffusion.rendering import render_dataset\n"
+        f"render_dataset({str(tmp_path / 'scenes')!r}, 2, size=16, num_workers=2, progress=False)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "RuntimeError: A process that draws has ended before its time" in done.stderr
+    assert "__main__" in done.stderr.splitlines()[-1]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
@@ -188,7 +188,10 @@ def test_a_broken_newest_checkpoint_costs_only_the_steps_since_the_one_before(tm
     assert hashes(unbroken) == hashes(resumed)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 128 + signal.SIGUSR1)],
+)
 def test_a_signal_finishes_the_step_saves_and_leaves_with_the_shells_code(tmp_path, capfd, number, code):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as exit_info:
@@ -201,6 +204,31 @@ def test_a_signal_finishes_the_step_saves_and_leaves_with_the_shells_code(tmp_pa
     assert (
         "Stopped after step 3 of 6" in said and "saving after this step or the next" in said and "step 2" not in said
     )
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        run, *_ = train(make_config(tmp_path), on_step=send(signal.SIGHUP, 2))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run.step == 6
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_launch_on_the_cpu_leaves_the_gpu_alone(tmp_path, monkeypatch, mixed_precision):
+    asked = []
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(PartialState, "default_device", property(lambda state: asked.append(1)))  # a GPU, if any
+    run, *_ = train(make_config(tmp_path, max_steps=1, mixed_precision=mixed_precision))
+    assert run.accelerator.device.type == "cpu" and not asked
+
+
+def test_a_device_that_cannot_calculate_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "device_fault", lambda device: "no kernel image is available")
+    with pytest.raises(ValueError, match=r"Nothing can be calculated on cpu: no kernel image .*accelerate/cpu\.yaml"):
+        train(make_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 class DeadStream:

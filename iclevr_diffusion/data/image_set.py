@@ -1,4 +1,3 @@
-import errno
 import hashlib
 import math
 import os
@@ -11,15 +10,11 @@ import numpy as np
 from filelock import FileLock
 
 from iclevr_diffusion.data.split import SPLITS, Split, split_of_scene
+from iclevr_diffusion.files import is_unwritable
 from iclevr_diffusion.labels import LabelVocabulary
 
 _MANY = 50_000  # images, from which on their statistics are kept
 _CHUNK_SIZE = 512  # images in memory at a time where all are gone through
-
-
-def is_read_only(error: OSError) -> bool:
-    """Whether nothing could be written because of whose, or on what, a folder is."""
-    return isinstance(error, PermissionError) or error.errno == errno.EROFS
 
 
 class Blocks(NamedTuple):
@@ -99,7 +94,7 @@ class ImageSet:
                         np.savez(unfinished, mean=mean, std=std)
                         os.replace(unfinished, path)
             except OSError as error:  # a cache that others share can be read-only
-                if not is_read_only(error):
+                if not is_unwritable(error):
                     raise
                 return self._measure(indices)
         with np.load(path) as file:

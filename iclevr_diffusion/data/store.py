@@ -16,12 +16,12 @@ import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from iclevr_diffusion.data.image_set import ImageSet, chunks, is_read_only
+from iclevr_diffusion.data.image_set import ImageSet, chunks
 from iclevr_diffusion.data.labelled_images import LabelledImages
 from iclevr_diffusion.data.opening import open_source
 from iclevr_diffusion.data.source import ImageSource, read_pixels
 from iclevr_diffusion.data.split import scene_of_file
-from iclevr_diffusion.files import cache_folder, write_text
+from iclevr_diffusion.files import cache_folder, write_text, writing_to_cache
 from iclevr_diffusion.labels import LabelVocabulary
 
 # The tensors of the file: scenes come first, as eight bytes must not straddle, and file_names is a JSON list.
@@ -139,7 +139,7 @@ def open_store(
     path = cache_folder(cache_dir) / f"store-{resolution}-{fingerprint[:32]}.safetensors"
     if (store := _open_if_whole(path)) is not None:
         return store
-    try:
+    with writing_to_cache("the image store", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             # Another process may have written it while this one waited.
@@ -149,13 +149,6 @@ def open_store(
                 _write_store(path, source, resolution, fingerprint, progress)
                 store = ImageStore(path)
             return store
-    except OSError as error:
-        if not is_read_only(error):
-            raise
-        raise PermissionError(
-            f"Cannot write the image store into `{path.parent}` ({error}); give another `cache_dir` or set the"
-            " environment variable ICLEVR_CACHE."
-        ) from error
 
 
 def _open_if_whole(path: Path) -> ImageStore | None:

@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
+from iclevr_diffusion.environment import num_processors
 from iclevr_diffusion.labels import ASSETS
 from iclevr_diffusion.rendering.sampling import MAX_OBJECTS, sample_scene
 from iclevr_diffusion.rendering.tracer import render_sequence, visible_pixels
@@ -53,8 +55,8 @@ def render_dataset(
         num_scenes: Number of scenes.
         size: Height and width of the images in pixels.
         seed: Seed of the whole data set.
-        num_workers: Processes that draw; by default as many as there are processors, one for a small data set. They
-            are spawned: a script that asks for several must call this under `if __name__ == "__main__":`.
+        num_workers: Processes that draw; by default as many as there are processors, and one for each 800 scenes at
+            most. They are spawned: a script must call this under `if __name__ == "__main__":`, unless it is one.
         min_objects: Number of objects in a scene's first image.
         max_objects: Number of objects in its last image, at most 5.
         all_triples: Whether the first three labels of a scene may form a set that i-CLEVR's training images lack.
@@ -95,7 +97,7 @@ def render_dataset(
         return root
 
     if num_workers is None:
-        num_workers = min(_num_processors(), 1 + len(missing) // MIN_SCENES_A_PROCESS)
+        num_workers = min(num_processors(), 1 + len(missing) // MIN_SCENES_A_PROCESS)
     records = []
     with _workers(num_workers) as parallel_map, tqdm(total=num_scenes, disable=not progress, unit="scene") as bar:
         for record in parallel_map(partial(_render_one, image_folder, config), range(num_scenes)):
@@ -132,7 +134,7 @@ def _claim(root: Path, config: dict[str, int | bool]) -> None:
                 f"{root} was begun with other arguments ({'; '.join(differences)}); use the same ones to go on, or"
                 " another folder."
             )
-    elif root.exists() and any(root.iterdir()):
+    elif root.exists() and any(path.name != ".DS_Store" for path in root.iterdir()):
         raise ValueError(f"{root} holds files that were not rendered here; give an empty or a new folder.")
     else:
         root.mkdir(parents=True, exist_ok=True)
@@ -188,6 +190,12 @@ def _workers(num_workers: int) -> Iterator[Callable[..., Iterator[dict]]]:
     pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker)
     try:
         yield partial(pool.map, chunksize=SCENES_A_TASK)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "A process that draws has ended before its time. A script must call `render_dataset` under `if __name__ =="
+            " '__main__':`, since each process reads the script again, or with `num_workers=1`. Otherwise memory may"
+            " have run out; fewer `num_workers` take less."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
         for name, value in before.items():
@@ -206,8 +214,3 @@ def _start_worker() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _num_processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
