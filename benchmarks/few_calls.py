@@ -499,7 +499,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 arguments.out / "scenes", arguments.num_scenes, size=arguments.resolution, seed=20_261
             )
         store = open_store(None if data == "ICLEVR_ROOT" else data, resolution=arguments.resolution)
-        judge = load_judge(arguments.judge, store.vocabulary.names)
+        judge = load_judge(arguments.judge, store.vocabulary.names).to(arguments.device)
         for name, pipeline in pipelines.items():
             if list(pipeline.vocabulary.names) != list(store.vocabulary.names):
                 raise ValueError(f"`pipelines` must know the labels of the data in their order; {name} has others.")

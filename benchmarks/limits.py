@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iclevr_diffusion import MultiLabelUNet2DModel
 from iclevr_diffusion.ema import ExponentialMovingAverage
-from iclevr_diffusion.environment import describe_environment
+from iclevr_diffusion.environment import describe_environment, has_bfloat16
 from iclevr_diffusion.files import write_text
 from iclevr_diffusion.models.unet_multilabel import PRESETS
 
@@ -181,16 +181,21 @@ def product_rate(
     return 2e-9 * rows * inner * columns / median_seconds(lambda: left @ right, device, seconds)
 
 
+def dtypes_of(device: torch.device) -> dict[str, torch.dtype]:
+    """Returns the precisions that the device has instructions for."""
+    return {name: dtype for name, dtype in DTYPES.items() if name != "bfloat16" or has_bfloat16(device)}
+
+
 def measure_machine(device: torch.device, seconds: float) -> dict[str, Any]:
     """Measures the rates of square matrix products, by their size, of a large convolution, and of copies."""
     rates = {
         name: {str(size): product_rate(size, size, size, dtype, device, seconds) for size in MATRIX_SIZES[device.type]}
-        for name, dtype in DTYPES.items()
+        for name, dtype in dtypes_of(device).items()
     }
     batch_size = CONVOLUTION_BATCH_SIZES[device.type]
     convolutions = {
         name: max(measure_convolution(CONVOLUTION, batch_size, dtype, device, seconds).values())
-        for name, dtype in DTYPES.items()
+        for name, dtype in dtypes_of(device).items()
     }
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -319,7 +324,7 @@ def measure_preset(
     convolutions = costliest_convolutions(preset)
     sampling: dict[str, Any] = {}
     training: dict[str, Any] = {}
-    for name, dtype in DTYPES.items():
+    for name, dtype in dtypes_of(device).items():
         for shape in convolutions:
             shape[name] = measure_convolution(shape, batch_size, dtype, device, seconds / 4)
         network = nn.Module.to(make_network(preset, device), dtype).eval().requires_grad_(False)
@@ -358,7 +363,7 @@ def format_preset(name: str, row: dict[str, Any]) -> str:
         f" {row['megabytes_moved_by_a_call']:.0f} MB a call, {row['gigaflop_to_train_on_an_image']:.3f} GFLOP to train"
         " on an image"
     ]
-    for dtype in DTYPES:
+    for dtype in row["sampling"]:
         for size, call in row["sampling"][dtype].items():
             share = f"{100 * call['share_of_best_rate']:.1f} % of the best rate"
             lines.append(f"  {dtype}, a call on {size}: {call['seconds_a_call']:.4f} s, {share}")

@@ -221,7 +221,7 @@ class Sweep:
         self.yardstick = Yardstick(
             others,
             others.indices("all"),
-            load_judge(judge, others.vocabulary.names),
+            load_judge(judge, others.vocabulary.names).to(_device()),
             num_conditions=num_conditions,
             images_a_condition=images_a_condition,
         )

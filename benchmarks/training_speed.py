@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 from iclevr_diffusion.data import BatchLoader, IclevrFolder, ImageStore, normalize, open_store
 from iclevr_diffusion.denoiser import choose_attention
 from iclevr_diffusion.diffusion import add_noise, noise_levels, sample_times, training_target
-from iclevr_diffusion.environment import describe_environment
+from iclevr_diffusion.environment import describe_environment, has_bfloat16
 from iclevr_diffusion.files import write_text
 from iclevr_diffusion.models.unet_multilabel import PRESETS
 from iclevr_diffusion.rendering import render_dataset
@@ -328,10 +328,15 @@ def main() -> None:
     for name, value, least in (*checked, ("num_workers", num_workers, 0), ("curve_steps", curve_steps, 2)):
         if value < least:
             parser.error(f"`{name}` must be at least {least}, got {value}.")
-    # Attention by products is a cure of the CPU's; on a GPU the fused one is the fast one.
-    names = [name for name in RUNGS if name not in arguments.skip and not (on_gpu and name.startswith("attention"))]
-
     device = torch.device(arguments.device)
+    # Attention by products is a cure of the CPU's; on a GPU the fused one is the fast one.
+    skipped = {*arguments.skip}
+    if on_gpu:
+        skipped.add("attention by products")
+    if not has_bfloat16(device):  # what would be measured is its emulation
+        skipped |= {"bfloat16", "attention by products"}
+    names = [name for name in RUNGS if name not in skipped]
+
     environment = describe_environment(device)
     settings = {
         "machine": environment["machine"],

@@ -3,7 +3,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,8 +86,15 @@ def newest_checkpoint(root: str | Path) -> Path | None:
     return None
 
 
-def load_checkpoint(folder: str | Path, objects: Mapping[str, Stateful]) -> dict[str, Any]:
+def load_checkpoint(
+    folder: str | Path, objects: Mapping[str, Stateful], optional: Collection[str] = ()
+) -> dict[str, Any]:
     """Puts the states of a checkpoint that `newest_checkpoint` found into `objects`.
+
+    Args:
+        folder: The checkpoint.
+        objects: What takes the states, by name.
+        optional: Names that either side may lack.
 
     Returns:
         The `facts` that were saved with it.
@@ -97,12 +104,14 @@ def load_checkpoint(folder: str | Path, objects: Mapping[str, Stateful]) -> dict
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    if set(manifest["objects"]) != set(objects):
+    if (set(manifest["objects"]) ^ set(objects)) - set(optional):
         raise ValueError(
             f"`objects` must be those of the checkpoint {folder}: {sorted(manifest['objects'])}, got {sorted(objects)};"
             " resume with the script that wrote it, or train into another folder."
         )
     for name, value in objects.items():
+        if name not in manifest["objects"]:
+            continue
         path = folder / f"{name}.safetensors"
         # What `load_file` gives are parts of a mapped file, which an optimizer keeps, and which Windows and network file
         # systems do not let go while they are mapped.

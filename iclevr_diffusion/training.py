@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -126,16 +127,24 @@ class TrainingRun:
         # Of several processes on the CPU each would otherwise believe to be alone.
         several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
         use_cpu = several_on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
-        device = PartialState(cpu=use_cpu).device
+        # The first process renders and draws while the others wait for it.
+        device = PartialState(cpu=use_cpu, timeout=timedelta(days=1)).device
+        if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+            raise ValueError(
+                f"`accelerate launch` asks for {os.environ['LOCAL_WORLD_SIZE']} processes on this machine, which has"
+                f" {torch.cuda.device_count()} GPUs; set --num_processes to that."
+            )
         if (fault := device_fault(device)) is not None:
             raise ValueError(
                 f"Nothing can be calculated on {device}: {fault}. Install a build of PyTorch for this device, or train on"
                 " the CPU, with --config_file train_scripts/accelerate/cpu.yaml behind `accelerate launch`."
             )
-        emulated = config.mixed_precision == "bf16" and not has_bfloat16(device)
+        # Of fp16, Accelerate would leave out the half on a CPU, and the scaled losses.
+        lacks_half = device.type == "cpu" if config.mixed_precision == "fp16" else not has_bfloat16(device)
+        in_full = config.mixed_precision != "no" and lacks_half
         self.accelerator = Accelerator(
             cpu=use_cpu,
-            mixed_precision="no" if emulated else config.mixed_precision,
+            mixed_precision="no" if in_full else config.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
             ),
@@ -180,10 +189,11 @@ class TrainingRun:
         # many times as long; they count as zeros.
         torch.set_flush_denormal(True)
         self.print(f"Outputs go to {self.output_dir.resolve()}.")
-        if emulated:
+        if in_full:
+            advice = "; fp16 is one that it has" if device.type == "cuda" else ""
             self.print(
-                f"{self.accelerator.device.type.upper()} without bfloat16 instructions: mixed_precision bf16 would be"
-                " emulated, many times slower than float32, so this run calculates in float32."
+                f"The {device.type.upper()} has no instructions for mixed_precision {config.mixed_precision}, so this run"
+                f" calculates in float32, which is faster than what would stand in for them{advice}."
             )
         if note := lost_processes_note(self.accelerator.num_processes):
             self.print(note)
@@ -480,7 +490,8 @@ class TrainingRun:
     def _resume(self) -> None:
         """Loads the checkpoint that was found, takes back later metrics and scores, and says what is run on what."""
         if self._origin is not None:
-            load_checkpoint(self._origin, self._objects)
+            # A GPU's run in fp16 has a scale of its losses, which goes on from its first value where there was none.
+            load_checkpoint(self._origin, self._objects, optional=("grad_scaler",))
             self.step = self._manifest["step"]
             self.print(f"Going on after step {self.step} of {self.config.max_steps}, from {self._origin}.")
         if self.accelerator.is_main_process:

@@ -151,10 +151,29 @@ def test_bfloat16_that_would_be_emulated_is_float32_and_the_run_says_so(
     monkeypatch.setattr(training, "has_bfloat16", lambda device: has_it)
     run, *_ = train(make_config(tmp_path, mixed_precision="bf16", max_steps=1))
     assert run.accelerator.mixed_precision == precision
-    assert ("CPU without bfloat16 instructions" in capfd.readouterr().err) is not has_it
+    assert ("The CPU has no instructions for mixed_precision bf16" in capfd.readouterr().err) is not has_it
     assert [launch["mixed_precision"] for launch in json.loads((tmp_path / "environment.json").read_text())] == [
         precision
     ]
+
+
+def test_fp16_on_a_cpu_is_float32_and_goes_on_from_what_a_gpu_has_saved(tmp_path, capfd, scaled_losses_on_a_gpu):
+    with pytest.raises(SystemExit), scaled_losses_on_a_gpu():
+        train(make_config(tmp_path), on_step=send(signal.SIGTERM, 3))
+    assert "grad_scaler" in read_manifest(newest_checkpoint(tmp_path / "checkpoints"))["objects"]
+    run, *_ = train(make_config(tmp_path))
+    assert run.step == 6 and run.accelerator.scaler is None
+    run, *_ = train(make_config(tmp_path / "fp16", mixed_precision="fp16"))
+    assert run.accelerator.mixed_precision == "no"
+    assert "The CPU has no instructions for mixed_precision fp16" in capfd.readouterr().err
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(PartialState, "default_device", property(lambda state: torch.device("cuda")))
+    with pytest.raises(ValueError, match="asks for 2 processes on this machine, which has 1 GPUs"):
+        train(make_config(tmp_path / "run"))
 
 
 def test_a_run_that_was_killed_repeats_the_steps_since_its_checkpoint(tmp_path):
@@ -372,19 +391,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, loss_
 
 
 @pytest.fixture
-def scaled_losses(monkeypatch):
-    """Losses are scaled as with fp16, which Accelerate grants to GPUs alone."""
-    prepare = TrainingRun.prepare
+def scaled_losses_on_a_gpu(monkeypatch):
+    """A context in which losses are scaled as with fp16, which Accelerate grants to GPUs alone."""
 
-    def prepare_scaled(run, *objects):
-        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-        prepared = prepare(run, *objects)
-        run.accelerator.native_amp = True
-        monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
-        return prepared
+    @contextlib.contextmanager
+    def scaled():
+        with monkeypatch.context() as patch:
+            prepare = TrainingRun.prepare
 
-    with monkeypatch.context():
-        monkeypatch.setattr(TrainingRun, "prepare", prepare_scaled)
+            def prepare_scaled(run, *objects):
+                run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+                prepared = prepare(run, *objects)
+                run.accelerator.native_amp = True
+                patch.setattr(Accelerator, "mixed_precision", "fp16")
+                return prepared
+
+            patch.setattr(TrainingRun, "prepare", prepare_scaled)
+            yield
+
+    return scaled
+
+
+@pytest.fixture
+def scaled_losses(scaled_losses_on_a_gpu):
+    with scaled_losses_on_a_gpu():
         yield
 
 

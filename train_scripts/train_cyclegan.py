@@ -145,8 +145,9 @@ def main(config: CycleGANConfig) -> None:
         run.backward(loss, generators, "generators")
         discriminators.requires_grad_(True)
         g_optimizer.step()
-        ema_a_to_b.step(run.unwrap(a_to_b))
-        ema_b_to_a.step(run.unwrap(b_to_a))
+        if run.weights_moved:
+            ema_a_to_b.step(run.unwrap(a_to_b))
+            ema_b_to_a.step(run.unwrap(b_to_a))
         for item in (d_scheduler, g_scheduler):
             item.step()
         for item in (d_optimizer, g_optimizer):

@@ -77,7 +77,7 @@ def score(run: TrainingRun, config: VAEConfig, pipeline: ConditionalVAEPipeline,
     """Logs the losses of the validation images, with the same noise every time, and keeps the best pipeline."""
     device = run.accelerator.device
     total = torch.zeros(2, device=device)
-    with torch.random.fork_rng(), run.accelerator.autocast():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), run.accelerator.autocast():
         torch.manual_seed(0)
         for start in range(0, len(data.validation_indices), config.batch_size):
             rows = data.validation_indices[start : start + config.batch_size]

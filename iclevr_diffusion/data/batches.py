@@ -88,6 +88,7 @@ class BatchLoader:
             totals = np.cumsum(repeat_factors(store.class_labels[self.indices], repeat_threshold))
             self._pass_length = round(totals[-1])
             self._stops = np.rint(totals * (self._pass_length * _ONE / totals[-1])).astype(np.int64)
+        self._on_gpu = self.device.type == "cuda"  # where memory can be pinned
         self._resident: tuple[Tensor, Tensor] | None = None
         if resident:
             pixel_values = torch.from_numpy(store.pixel_values[self.indices])
@@ -107,13 +108,16 @@ class BatchLoader:
         if step < 0:
             raise ValueError(f"`step` must be at least 0, got {step}.")
         if self._resident is not None:
-            rows = torch.from_numpy(self._rows(step)).to(self.device)
+            rows = torch.from_numpy(self._rows(step))
+            # From other memory a GPU takes a copy only when its work so far is done.
+            rows = rows.pin_memory() if self._on_gpu else rows
+            rows = rows.to(self.device, non_blocking=self._on_gpu)
             pixel_values, class_labels = (values.index_select(0, rows) for values in self._resident)
         else:
             pixel_values, class_labels = self._read(step) if self._threads is None else self._read_ahead(step)
-            # Without waiting for the work that the device still has to do, where the memory is pinned.
-            pixel_values = pixel_values.to(self.device, non_blocking=True)
-            class_labels = class_labels.to(self.device, non_blocking=True)
+            # Without waiting for the work that the device still has to do; only pinned memory may be left while it is read.
+            pixel_values = pixel_values.to(self.device, non_blocking=self._on_gpu)
+            class_labels = class_labels.to(self.device, non_blocking=self._on_gpu)
         return {"pixel_values": pixel_values, "class_labels": class_labels}
 
     def _read_ahead(self, step: int) -> tuple[Tensor, Tensor]:
