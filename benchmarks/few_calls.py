@@ -53,7 +53,7 @@ from yardstick import Yardstick, format_score
 from iclevr_diffusion import load_pipeline
 from iclevr_diffusion.call_options import call_options, takes
 from iclevr_diffusion.data import open_store
-from iclevr_diffusion.environment import describe_environment
+from iclevr_diffusion.environment import default_device, describe_environment
 from iclevr_diffusion.evaluate import pipeline_name
 from iclevr_diffusion.files import judge_name, write_text
 from iclevr_diffusion.flow_solver import straight_path
@@ -475,7 +475,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--reference_conditions", type=int, default=6, help="label sets drawn in 1000 steps too; 0 is none"
     )
     parser.add_argument("--batch_size", type=int, default=20, help="images that go through the network at once")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--device", default=default_device().type, help="cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     arguments = parser.parse_args(argv)
     numbers = {"num_scenes": 1, "conditions": 1, "images": 2, "batch_size": 1, "reference_conditions": 0}

@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iclevr_diffusion import MultiLabelUNet2DModel
 from iclevr_diffusion.ema import ExponentialMovingAverage
-from iclevr_diffusion.environment import describe_environment, has_bfloat16
+from iclevr_diffusion.environment import default_device, describe_environment, has_bfloat16
 from iclevr_diffusion.files import write_text
 from iclevr_diffusion.models.unet_multilabel import PRESETS
 
@@ -400,9 +400,7 @@ def main() -> None:
     """Measures, prints and writes the result; what a user gave wrongly ends it with one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", choices=tuple(PRESETS), default=list(PRESETS))
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device().type, help="cpu or cuda")
     parser.add_argument("--batch_size", type=int, help="images together; by default what suits device and preset")
     parser.add_argument("--seconds", type=float, default=2.0, help="time to spend on each measurement, at least")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "limits.json")

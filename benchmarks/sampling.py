@@ -25,7 +25,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from iclevr_diffusion import ICLEVR_LABELS, ConditionalDDPMPipeline, MultiLabelUNet2DModel, load_pipeline
 from iclevr_diffusion.call_options import call_options, takes
 from iclevr_diffusion.cost import measure_cost
-from iclevr_diffusion.environment import describe_environment
+from iclevr_diffusion.environment import default_device, describe_environment
 from iclevr_diffusion.files import write_text
 from iclevr_diffusion.leaderboard_sampling import SCHEMA_VERSION, YARDSTICK
 from iclevr_diffusion.models.cgan import CGANGenerator
@@ -112,7 +112,7 @@ def main() -> None:
     """Measures, prints and writes the result; what a user gave wrongly ends it with one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipelines", nargs="*", help="folders, hub ids or names of pipelines that come along")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--device", default=default_device().type, help="cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--batch_size", type=int, default=4, help="images that are drawn together")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sampling.json")

@@ -42,7 +42,7 @@ from iclevr_diffusion.checkpoint import newest_checkpoint, read_manifest
 from iclevr_diffusion.command_line import find_scheduler_class, make_scheduler
 from iclevr_diffusion.data import open_store
 from iclevr_diffusion.denoiser import DenoiserConfig, make_denoiser
-from iclevr_diffusion.environment import describe_environment
+from iclevr_diffusion.environment import default_device, describe_environment
 from iclevr_diffusion.files import write_text
 from iclevr_diffusion.images import make_strip, make_table, save_png
 from iclevr_diffusion.judging import load_judge, weights_sha256
@@ -279,7 +279,7 @@ class Sweep:
             # In the training loop, in all launches together.
             seconds = read_manifest(newest_checkpoint(folder / "checkpoints"))["facts"]["seconds"]
             launches = json.loads((folder / "environment.json").read_text())
-            facts = {"seconds": round(seconds, 1), "mixed_precision": launches[-1]["mixed_precision"]}
+            facts = {"seconds": round(seconds, 1), "mixed_precision": launches[-1].get("mixed_precision")}
             write_text(folder / "trained.json", json.dumps(facts) + "\n")
         return num_steps
 
@@ -358,7 +358,7 @@ class Sweep:
 
 
 def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return default_device().type
 
 
 def _folder_name(name: str) -> str:
@@ -402,7 +402,7 @@ def summarize(records: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[di
             row["measures"][metric] = measure
         costs = ("num_steps", "tflop", "seconds")
         row |= {cost: statistics.fmean(runs[seed][cost] for seed in row["seeds"]) for cost in costs}
-        row["mixed_precision"] = [runs[seed]["mixed_precision"] for seed in row["seeds"]]
+        row["mixed_precision"] = [runs[seed].get("mixed_precision") for seed in row["seeds"]]
         rows.append(row)
     most = max((len(row["seeds"]) for row in rows), default=0)
     for metric in RANKED_BY:

@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 from iclevr_diffusion.data import BatchLoader, IclevrFolder, ImageStore, normalize, open_store
 from iclevr_diffusion.denoiser import choose_attention
 from iclevr_diffusion.diffusion import add_noise, noise_levels, sample_times, training_target
-from iclevr_diffusion.environment import describe_environment, has_bfloat16
+from iclevr_diffusion.environment import default_device, describe_environment, has_bfloat16
 from iclevr_diffusion.files import write_text
 from iclevr_diffusion.models.unet_multilabel import PRESETS
 from iclevr_diffusion.rendering import render_dataset
@@ -157,6 +157,16 @@ class Loop:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def choose_rungs(device: torch.device, left_out: Sequence[str] = ()) -> list[str]:
+    """Returns the rungs that make sense on a device, in order, but for those that are to be left out."""
+    skipped = {*left_out}
+    if device.type == "cuda":  # where the fused attention is the fast one
+        skipped.add("attention by products")
+    if not has_bfloat16(device):  # what would be measured is its emulation
+        skipped |= {"bfloat16", "attention by products"}
+    return [name for name in RUNGS if name not in skipped]
 
 
 def batch_of(loader: BatchLoader, step: int) -> dict[str, Tensor]:
@@ -308,9 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, help="folder of images in the course's layout; default: ICLEVR_ROOT")
     parser.add_argument("--presets", nargs="+", choices=tuple(PRESETS), default=["tiny"], help="sizes of the network")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device().type, help="cpu or cuda")
     parser.add_argument("--batch_size", type=int, default=64, help="images a step")
     parser.add_argument("--num_workers", type=int, help="processes that read PNG files; default: 4, or one a core")
     parser.add_argument("--num_steps", type=int, help="steps a turn; default: 3, on a GPU 30")
@@ -329,13 +337,7 @@ def main() -> None:
         if value < least:
             parser.error(f"`{name}` must be at least {least}, got {value}.")
     device = torch.device(arguments.device)
-    # Attention by products is a cure of the CPU's; on a GPU the fused one is the fast one.
-    skipped = {*arguments.skip}
-    if on_gpu:
-        skipped.add("attention by products")
-    if not has_bfloat16(device):  # what would be measured is its emulation
-        skipped |= {"bfloat16", "attention by products"}
-    names = [name for name in RUNGS if name not in skipped]
+    names = choose_rungs(device, arguments.skip)
 
     environment = describe_environment(device)
     settings = {

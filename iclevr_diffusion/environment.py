@@ -41,7 +41,7 @@ def describe_environment(device: torch.device, num_processes: int = 1) -> dict[s
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Says whether a device has instructions for products in bfloat16; where it has none, float32 is many times faster.
+    """Says whether a device has instructions for products in bfloat16; a CPU without any is much faster in float32.
 
     PyTorch calculates in bfloat16 everywhere, and counts what it emulates as supported. On a CPU that is told by its
     instructions (AVX-512 BF16 or AMX; on Arm BF16), on an NVIDIA GPU by its generation (Ampere and later). Of other
@@ -53,6 +53,11 @@ def has_bfloat16(device: torch.device) -> bool:
         return True
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"))
+
+
+def asked_for_cpu() -> bool:
+    """Whether a launcher says that nothing is to run on a GPU, by the variable ACCELERATE_USE_CPU."""
+    return bool(os.environ.get("ACCELERATE_USE_CPU")) and parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def device_fault(device: torch.device | str) -> str | None:
@@ -68,8 +73,11 @@ def device_fault(device: torch.device | str) -> str | None:
 
 
 def default_device() -> torch.device:
-    """Returns where networks run if nobody says: on a GPU of CUDA or ROCm that works, else on the CPU."""
-    if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+    """Returns where networks run if nobody says: on a GPU of CUDA or ROCm that works, else on the CPU.
+
+    It warns of a GPU that does not work, and leaves GPUs alone where ACCELERATE_USE_CPU is set.
+    """
+    if not torch.cuda.is_available() or asked_for_cpu():
         return torch.device("cpu")
     if (fault := device_fault("cuda")) is not None:
         warnings.warn(f"The GPU cannot be used ({fault}), so the CPU is.", stacklevel=2)
@@ -85,21 +93,24 @@ def num_processors() -> int:
 def threads_note(num_processes: int) -> str | None:
     """Says what to do where the processes on the CPU of this machine have fewer or more threads than there are processors.
 
+    As many threads as there are cores are right too, where each core is two processors.
+
     Args:
         num_processes: How many processes share the work; of several machines, `LOCAL_WORLD_SIZE` says how many are here.
     """
     processors = num_processors()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     threads = here * torch.get_num_threads()
-    if threads == processors:
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # newer than the oldest PyTorch that will do
+    if threads in (processors, min(processors, get_capabilities().get("num_physical_cores", processors))):
         return None
     wanted = max(1, processors // here)
     if threads < processors:
-        return f"{threads} of the {processors} CPU cores are used; OMP_NUM_THREADS={wanted} uses {wanted * here}."
+        return f"{threads} of the {processors} processors are used; OMP_NUM_THREADS={wanted} uses {wanted * here}."
     if torch.get_num_threads() == wanted:
         return None  # more processes than processors, of one thread each
     return (
-        f"{threads} threads share {processors} CPU cores and wait for each other; OMP_NUM_THREADS={wanted} is faster."
+        f"{threads} threads share {processors} processors and wait for each other; OMP_NUM_THREADS={wanted} is faster."
     )
 
 

@@ -8,11 +8,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from iclevr_diffusion.command_line import SAMPLING_OPTIONS, add_pipeline_arguments, open_pipeline, print_any_label
 from iclevr_diffusion.data import ImageStore, open_store
-from iclevr_diffusion.environment import lost_processes_note
+from iclevr_diffusion.environment import asked_for_cpu, lost_processes_note
 from iclevr_diffusion.evaluation import DEFAULT_NUM_SEEDS, Evaluator
 from iclevr_diffusion.files import judge_name, run_name
 from iclevr_diffusion.inception import WEIGHTS_NAME, InceptionFeatures
@@ -98,7 +97,7 @@ def judges_by_name(sources: Sequence[str]) -> dict[str, str]:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Sets the evaluation up as the command line says, runs it and prints the scores."""
-    use_cpu = args.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    use_cpu = args.device == "cpu" or asked_for_cpu()
     state = PartialState(cpu=use_cpu, timeout=timedelta(days=1))  # for processes of unlike speed
     if note := lost_processes_note(state.num_processes):
         print(note, file=sys.stderr)

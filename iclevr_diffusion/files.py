@@ -57,8 +57,9 @@ def judge_name(path: str | PurePath) -> str:
 
 def is_unwritable(error: OSError) -> bool:
     """Whether nothing could be written because of whose, on what, or how full a folder is, or because it has no locks."""
-    reasons = ("EROFS", "ENOSPC", "EDQUOT", "ENOLCK")
-    return isinstance(error, PermissionError) or error.errno in {getattr(errno, name, None) for name in reasons}
+    names = ("EROFS", "ENOSPC", "EDQUOT", "ENOLCK")  # not all of which every system has
+    numbers = {getattr(errno, name) for name in names if hasattr(errno, name)}
+    return isinstance(error, PermissionError) or error.errno in numbers
 
 
 @contextmanager

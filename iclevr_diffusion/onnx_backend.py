@@ -294,6 +294,9 @@ def graph_file(unet: nn.Module, cache_dir: str | Path | None = None) -> Path:
     Args:
         unet: A network that `ConditionalDDPMPipeline` takes, float32 on the CPU.
         cache_dir: The folder, as `OnnxDDPMPipeline.from_torch` takes it.
+
+    Raises:
+        PermissionError: If the folder cannot be written.
     """
     cache_dir = cache_folder(cache_dir)
     versions = {name: metadata.version(name) for name in ("torch", "diffusers", "onnx", "onnxscript")}

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, PartialState
-from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, broadcast
 from diffusers import DiffusionPipeline, ModelMixin
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from iclevr_diffusion.checkpoint import Stateful, load_checkpoint, newest_checkpoint, read_manifest, save_checkpoint
 from iclevr_diffusion.config import Config, TrainConfig, parse_config
 from iclevr_diffusion.environment import (
+    asked_for_cpu,
     describe_environment,
     device_fault,
     has_bfloat16,
@@ -114,8 +115,8 @@ class TrainingRun:
         step: Number of the present optimisation step, from 1; between steps that of the last one.
 
     Raises:
-        ValueError: If the configuration differs from that of the checkpoints in `output_dir`, or the launcher asks for
-            FSDP, DeepSpeed or another way of sharding weights.
+        ValueError: If the configuration differs from that of the checkpoints in `output_dir`, nothing can be calculated
+            on the device, or the launcher asks for FSDP, DeepSpeed or another way of sharding weights.
     """
 
     has_begun = False  # whether a run of this process has come to its loop, see `run_script`
@@ -126,20 +127,15 @@ class TrainingRun:
         self.step = 0
         # Of several processes on the CPU each would otherwise believe to be alone.
         several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
-        use_cpu = several_on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+        use_cpu = several_on_cpu or asked_for_cpu()
         # The first process renders and draws while the others wait for it.
-        device = PartialState(cpu=use_cpu, timeout=timedelta(days=1)).device
-        if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-            raise ValueError(
-                f"`accelerate launch` asks for {os.environ['LOCAL_WORLD_SIZE']} processes on this machine, which has"
-                f" {torch.cuda.device_count()} GPUs; set --num_processes to that."
-            )
+        device = PartialState(cpu=use_cpu, timeout=timedelta(hours=2)).device
         if (fault := device_fault(device)) is not None:
             raise ValueError(
                 f"Nothing can be calculated on {device}: {fault}. Install a build of PyTorch for this device, or train on"
                 " the CPU, with --config_file train_scripts/accelerate/cpu.yaml behind `accelerate launch`."
             )
-        # Of fp16, Accelerate would leave out the half on a CPU, and the scaled losses.
+        # Accelerate has no fp16 on a CPU, and would say nothing.
         lacks_half = device.type == "cpu" if config.mixed_precision == "fp16" else not has_bfloat16(device)
         in_full = config.mixed_precision != "no" and lacks_half
         self.accelerator = Accelerator(
@@ -190,10 +186,10 @@ class TrainingRun:
         torch.set_flush_denormal(True)
         self.print(f"Outputs go to {self.output_dir.resolve()}.")
         if in_full:
-            advice = "; fp16 is one that it has" if device.type == "cuda" else ""
+            place = "GPU" if device.type == "cuda" else "CPU"
+            reason = "would only be emulated" if config.mixed_precision == "bf16" else "is for GPUs alone"
             self.print(
-                f"The {device.type.upper()} has no instructions for mixed_precision {config.mixed_precision}, so this run"
-                f" calculates in float32, which is faster than what would stand in for them{advice}."
+                f"This run calculates in float32: mixed_precision {config.mixed_precision} {reason} on this {place}."
             )
         if note := lost_processes_note(self.accelerator.num_processes):
             self.print(note)
@@ -231,6 +227,13 @@ class TrainingRun:
         Nor is it so when the run is stopping: what may take long, such as drawing samples, must not delay the checkpoint.
         """
         return self.sync_gradients and not self._stopping and num_steps > 0 and self.step % num_steps == 0
+
+    def share_buffers(self, *networks: nn.Module) -> None:
+        """Gives all processes the first one's buffers: each has running statistics of its own, and the first's are saved."""
+        if self.accelerator.num_processes > 1:
+            for network in networks:
+                for buffer in network.buffers():
+                    broadcast(buffer)
 
     def print(self, *text: str) -> None:
         """Prints on the main process, above the progress bar."""
@@ -318,8 +321,8 @@ class TrainingRun:
         """Yields the batches that are still to be trained on, one a micro-step, and does all that lies between them.
 
         It resumes from the newest whole checkpoint, counts `step`, writes metrics and checkpoints and ends at
-        `max_steps`, or after `max_minutes` in this loop, samples and scores included. On SIGINT or SIGTERM it finishes
-        the step, saves and leaves the program with code 128 + signal.
+        `max_steps`, or after `max_minutes` in this loop, samples and scores included. On SIGINT, SIGTERM, SIGHUP,
+        SIGUSR1 or SIGBREAK it finishes the step, saves and leaves the program with code 128 + signal.
         """
         config, accelerator = self.config, self.accelerator
         self._resume()

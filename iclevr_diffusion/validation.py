@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -140,10 +139,7 @@ class Validation:
     @torch.no_grad()
     def _score(self, pipeline: DiffusionPipeline) -> float:
         accelerator = self.run.accelerator
-        if accelerator.num_processes > 1:  # the first one's running statistics are saved, and those of others differ
-            networks = [item for item in pipeline.components.values() if isinstance(item, nn.Module)]
-            for buffer in (buffer for network in networks for buffer in network.buffers()):
-                broadcast(buffer)
+        self.run.share_buffers(*(item for item in pipeline.components.values() if isinstance(item, nn.Module)))
         total = torch.zeros(2, device=accelerator.device)  # labels found, labels asked for
         ours = list(range(accelerator.process_index, len(self.conditions), accelerator.num_processes))
         if ours:

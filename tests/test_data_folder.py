@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from iclevr_diffusion.data import IclevrBuilder, IclevrFolder, open_store
@@ -219,6 +220,7 @@ def test_a_cache_that_cannot_be_made_is_refused_with_the_way_out(root, tmp_path,
     def refuse(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
+    owner = (FileLock, "acquire") if getattr(error, "errno", None) == errno.ENOLCK else (Path, "mkdir")
+    monkeypatch.setattr(*owner, refuse)
     with pytest.raises(PermissionError, match="ICLEVR_CACHE"):
         open_store(root, resolution=16, cache_dir=tmp_path / "cache", progress=False)

@@ -1,3 +1,4 @@
+import errno
 import importlib.util
 import logging
 import sys
@@ -269,6 +270,16 @@ def test_a_saved_pipeline_is_opened_with_this_backend(pipeline, graphs, tmp_path
     assert opened.config.default_guidance_scale == 2.0
     np.testing.assert_allclose(draw(opened), draw(pipeline), atol=1e-4)
     assert type(load_pipeline(tmp_path / "saved")) is ConditionalDDPMPipeline
+
+
+def test_a_cache_that_is_full_is_told_with_the_way_out(pipeline, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(backend, "_write_graph", refuse)
+    with pytest.raises(PermissionError, match="Cannot write the network's graph into .*No space left.*ICLEVR_CACHE"):
+        backend.graph_file(pipeline.unet, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_unknown_backend_and_a_model_without_steps_are_refused(needs_runtime):

@@ -121,15 +121,30 @@ def test_the_table_has_a_line_a_rung():
     assert table[1].split() == ["bfloat16", "80.0", "1.25", "1.25"]
 
 
+@pytest.mark.parametrize(
+    ("device", "has_it", "left_out"),
+    [
+        ("cpu", True, []),
+        ("cpu", False, ["bfloat16", "attention by products"]),
+        ("cuda", True, ["attention by products"]),
+    ],
+)
+def test_rungs_that_a_device_has_no_use_for_are_left_out(monkeypatch, device, has_it, left_out):
+    monkeypatch.setattr(training_speed, "has_bfloat16", lambda device: has_it)
+    rungs = training_speed.choose_rungs(torch.device(device))
+    assert [name for name in training_speed.RUNGS if name not in rungs] == left_out
+
+
 @pytest.mark.slow
 def test_the_whole_measurement_is_made_once(root, tmp_path, monkeypatch, capsys):
+    names = training_speed.choose_rungs(torch.device("cpu"), ["compiled"])
     out = tmp_path / "speed.json"
     few = ["--num_workers", "0", "--batch_size", "2", "--num_steps", "1", "--num_repeats", "1", "--curve_steps", "2"]
     monkeypatch.setattr(sys, "argv", ["x", "--root", str(root), "--skip", "compiled", *few, "--out", str(out)])
     training_speed.main()
     record = json.loads(out.read_text())
     row = record["presets"]["tiny"]
-    assert [rung["rung"] for rung in row["ladder"]] == NAMES
+    assert [rung["rung"] for rung in row["ladder"]] == names
     assert set(row["scaling"]["images_per_second"]) == {"1", "2"}
     monkeypatch.setattr(training_speed, "climb", None)
     training_speed.main()

@@ -28,11 +28,15 @@ class FakeRun:
     def log(self, **scalars):
         self.logged |= scalars
 
+    def share_buffers(self, *networks):
+        assert not networks
+
 
 class FakePipeline:
     """Draws `spread` times uniform noise around gray, from the seeds alone."""
 
     config = {}
+    components = {}
 
     def __init__(self, spread, names=NAMES):
         self.spread, self.vocabulary = spread, LabelVocabulary(names) if names else None
@@ -123,20 +127,3 @@ def test_a_judge_of_images_of_another_size_is_refused_before_any_training(run, t
 def test_a_judge_cannot_score_a_pipeline_without_labels(run):
     with pytest.raises(ValueError, match="`judge` must be none for a pipeline without labels"):
         Validation(run, FakePipeline(1.0, names=None), [["red"]], judge="judge-small")
-
-
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_all_processes_score_the_running_statistics_that_the_first_saves(run, monkeypatch, num_processes):
-    pipeline, network = FakePipeline(1.0), torch.nn.BatchNorm2d(3)
-    pipeline.components = {"network": network, "scheduler": None}
-    validation = Validation(run, pipeline, [["red"], ["green"]])
-    pipeline.encode_labels = pipeline.vocabulary.encode
-    validation.judge = SmallLabelClassifier(3, 16, block_out_channels=(8,)).eval()
-    validation._images = lambda conditions, *_: torch.rand(len(conditions), 3, 16, 16)
-    run.keep_best = lambda score, *_: None
-    sent = []
-    monkeypatch.setattr(Accelerator, "num_processes", property(lambda accelerator: num_processes))
-    monkeypatch.setattr("iclevr_diffusion.validation.broadcast", sent.append)
-    validation.score()
-    expected = list(network.buffers()) if num_processes == 2 else []
-    assert [id(buffer) for buffer in sent] == [id(buffer) for buffer in expected]

@@ -80,11 +80,6 @@ class GANConfig(GANNetworksConfig):
             raise ValueError(
                 f"`diff_augment` must be some of {', '.join(DIFF_AUGMENT_POLICIES)}, got {', '.join(unknown)}."
             )
-        if self.mixed_precision == "fp16" and (self.gradient_penalty_weight or self.r1_weight):
-            raise ValueError(
-                "`mixed_precision` must be bf16 or no with `gradient_penalty_weight` or `r1_weight`, got fp16, in which the"
-                " gradients of images that they take become zeros."
-            )
         is_bounded = self.clip_weights or self.gradient_penalty_weight or self.r1_weight
         if self.loss == "wasserstein" and not is_bounded and self.discriminator not in WITH_SPECTRAL_NORM:
             raise ValueError(

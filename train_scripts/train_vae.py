@@ -76,6 +76,7 @@ def negative_bound(
 def score(run: TrainingRun, config: VAEConfig, pipeline: ConditionalVAEPipeline, data: TrainingData) -> None:
     """Logs the losses of the validation images, with the same noise every time, and keeps the best pipeline."""
     device = run.accelerator.device
+    run.share_buffers(pipeline.vae)
     total = torch.zeros(2, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), run.accelerator.autocast():
         torch.manual_seed(0)

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import math
 import os
@@ -85,18 +86,20 @@ class ImageSet:
         key = hashlib.sha256(f"statistics of {self.sha256}".encode() + np.asarray(indices, dtype="<i8").tobytes())
         path = self.cache_dir / f"statistics-{key.hexdigest()[:32]}.npz"
         if not path.exists():
+            measured, unfinished = None, path.with_suffix(".tmp.npz")
             try:
                 self.cache_dir.mkdir(parents=True, exist_ok=True)
                 with FileLock(path.with_suffix(".lock")):
                     if not path.exists():
-                        mean, std = self._measure(indices)
-                        unfinished = path.with_suffix(".tmp.npz")
-                        np.savez(unfinished, mean=mean, std=std)
+                        measured = self._measure(indices)
+                        np.savez(unfinished, mean=measured[0], std=measured[1])
                         os.replace(unfinished, path)
-            except OSError as error:  # a cache that others share can be read-only
+            except OSError as error:  # a cache that others share can be read-only, or a disk full
                 if not is_unwritable(error):
                     raise
-                return self._measure(indices)
+                with contextlib.suppress(OSError):
+                    unfinished.unlink()
+                return measured or self._measure(indices)
         with np.load(path) as file:
             return file["mean"], float(file["std"])
 

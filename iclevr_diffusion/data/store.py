@@ -128,6 +128,7 @@ def open_store(
 
     Raises:
         ValueError: If the source is not what it should be, or `vocabulary` is given for an `ImageSource`, which has one.
+        PermissionError: If the store cannot be written where it should lie.
     """
     if source is None or isinstance(source, str | Path):
         source = open_source(source, vocabulary)

@@ -56,7 +56,7 @@ def render_dataset(
         size: Height and width of the images in pixels.
         seed: Seed of the whole data set.
         num_workers: Processes that draw; by default as many as there are processors, and one for each 800 scenes at
-            most. They are spawned: a script must call this under `if __name__ == "__main__":`, unless it is one.
+            most. They are spawned: a script must call this under `if __name__ == "__main__":`, unless `num_workers` is 1.
         min_objects: Number of objects in a scene's first image.
         max_objects: Number of objects in its last image, at most 5.
         all_triples: Whether the first three labels of a scene may form a set that i-CLEVR's training images lack.
@@ -67,6 +67,7 @@ def render_dataset(
 
     Raises:
         ValueError: If an argument is out of range, or the folder was begun with other arguments.
+        RuntimeError: If a process that draws ends before its time.
     """
     for name, value, least in (("num_scenes", num_scenes, 1), ("size", size, 4), ("seed", seed, 0)):
         if value < least:
