@@ -133,7 +133,9 @@ def evaluate(args: argparse.Namespace) -> None:
         judges_used_in_training=args.judges_used_in_training,
         training_facts=facts,
         best_of=args.best_of,
-        inception=None if args.inception_weights is None else InceptionFeatures(args.inception_weights),
+        inception=None
+        if args.inception_weights is None
+        else InceptionFeatures(args.inception_weights).to(pipeline.device),
     )
     results = evaluator.run(store, no_store_reason=no_store_reason)
     if state.is_main_process:

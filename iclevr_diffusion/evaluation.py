@@ -164,7 +164,7 @@ class Evaluator:
         self.pipeline_name = pipeline_name or type(pipeline).__name__
         self.judges_used_in_training = [name for name in judges if name in used]
         self.facts = facts
-        self.inception = None if inception is None else inception.to(pipeline.device)
+        self.inception = inception
         self.best_of = best_of
         self._check_best_of()
         self.drawings = Drawings(self.output_dir / "drawings")
