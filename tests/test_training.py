@@ -907,7 +907,7 @@ def train(i):
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
-for i in range(60):
+for i in range(20):
     faulthandler.dump_traceback_later(60, exit=True)
     train(i)
 """

@@ -137,6 +137,7 @@ def test_rungs_that_a_device_has_no_use_for_are_left_out(monkeypatch, device, ha
 
 @pytest.mark.slow
 def test_the_whole_measurement_is_made_once(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_speed, "SCALING_REPEATS", 1)
     names = training_speed.choose_rungs(torch.device("cpu"), ["compiled"])
     out = tmp_path / "speed.json"
     few = ["--num_workers", "0", "--batch_size", "2", "--num_steps", "1", "--num_repeats", "1", "--curve_steps", "2"]
