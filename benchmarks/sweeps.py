@@ -437,9 +437,9 @@ def render_table(rows: Sequence[Mapping[str, Any]], missing: Sequence[str], summ
     by_precision: dict[str, list[str]] = {}
     for row in rows:
         for seed, precision in zip(row["seeds"], row["mixed_precision"], strict=True):
-            by_precision.setdefault("float32" if precision == "no" else precision, []).append(
-                f"{row['variant']} (seed {seed})"
-            )
+            by_precision.setdefault(
+                {"no": "float32", None: "an unknown precision"}.get(precision, precision), []
+            ).append(f"{row['variant']} (seed {seed})")
     if len(by_precision) > 1:  # the machines differed
         fewest = min(by_precision, key=lambda precision: len(by_precision[precision]))
         others = " or ".join(precision for precision in by_precision if precision != fewest)

@@ -26,6 +26,7 @@ def test_a_compiled_pipeline_draws_the_same_images(folder):
     torch._dynamo.reset()
     np.testing.assert_allclose(draw(pipeline, guidance_scale=3.0), expected, rtol=0, atol=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # all steps run the same one
+    assert np.abs(draw(pipeline, guidance_scale=3.0) - draw(load_pipeline(folder))).max() > 1e-2
 
 
 def test_every_network_is_compiled_for_each_shape_and_nothing_else_of_the_pipeline_changes(

@@ -144,7 +144,7 @@ def test_the_best_rate_is_that_of_a_product_or_of_a_convolution(monkeypatch, has
     assert set(best) == (
         {"float32", "bfloat16"} if has_it else {"float32"}
     )  # what is emulated is no rate of the machine
-    assert best["float32"] == pytest.approx(2e-9 * 9 * 256 * 256 * 32 * 32)
+    assert all(rate == pytest.approx(2e-9 * 9 * 256 * 256 * 32 * 32) for rate in best.values())
     assert machine["gigabytes_a_second"] == pytest.approx(2e-6)
 
 

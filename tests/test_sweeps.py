@@ -245,6 +245,8 @@ def test_variants_are_ranked_by_means_over_seeds():
     )
     assert "| half | 1 | 0.900 | 0.500 | 1.000 | 2.000 | - | -, -, - | +0.200 | 1 | 10 | 1.50 | 1.0 |" in table
     assert table.endswith("Trained in float32, the others in bf16: half (seed 1).\n\nNot run yet: none (seed 0).\n")
+    base["mixed_precision"][0] = None  # of a record from before it was written down
+    assert "Trained in an unknown precision, the others in bf16: base (seed 0)." in sweeps.render_table([base], [], "")
     assert "Trained in" not in sweeps.render_table([better], [], "Summary.")  # all alike
 
 

@@ -893,13 +893,13 @@ def test_a_run_holds_its_group_of_processes_until_the_programs_end(tmp_path):
 
 
 GROUPS = """
-import faulthandler, sys
+import faulthandler, os, sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from iclevr_diffusion.training import hold_process_group
 
 def train(i):
-    file, rank = f"{sys.argv[1]}/group-{i}", int(sys.argv[2])
+    file, rank = f"{sys.argv[1]}/group-{i}", int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     hold_process_group()
     models = [DistributedDataParallel(torch.nn.Linear(3, 3)) for _ in range(4)]
@@ -907,19 +907,18 @@ def train(i):
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
-for i in range(20):
+for i in range(60):
     faulthandler.dump_traceback_later(60, exit=True)
     train(i)
 """
 
 
-@pytest.mark.slow
-def test_two_processes_let_their_group_go_without_waiting_for_each_other(tmp_path):
-    """Without `hold_process_group` one of the first ten rounds hangs."""
+def run_both(code, folder, **environment):
+    """Runs a program as two processes, whose numbers RANK and LOCAL_RANK tell, and expects that both succeed."""
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", GROUPS, str(tmp_path), str(rank)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            [sys.executable, "-c", code, str(folder)],
+            env=os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -929,6 +928,12 @@ def test_two_processes_let_their_group_go_without_waiting_for_each_other(tmp_pat
     for process in ranks:
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 0, output
+
+
+@pytest.mark.slow
+def test_two_processes_let_their_group_go_without_waiting_for_each_other(tmp_path):
+    """Without `hold_process_group` one of the first ten rounds hangs."""
+    run_both(GROUPS, tmp_path)
 
 
 BUFFERS = """
@@ -954,16 +959,4 @@ def test_processes_share_the_running_statistics_of_the_first(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", BUFFERS, str(tmp_path / "run")],
-            env=os.environ | launch | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, output
+    run_both(BUFFERS, tmp_path / "run", **launch)
