@@ -158,13 +158,8 @@ class Yardstick:
         """Draws from a pipeline and measures: are the labels there, are images varied, are they like real ones."""
         numbers = torch.arange(len(self.class_labels)).repeat_interleave(IMAGES_A_CONDITION)
         class_labels = self.class_labels[numbers]
-        drawn = (
-            load_pipeline(folder, device=default_device())(
-                class_labels, seeds=list(range(len(numbers))), output_type="pt"
-            ).images
-            * 2
-            - 1
-        )
+        pipeline = load_pipeline(folder, device=default_device())
+        drawn = pipeline(class_labels, seeds=list(range(len(numbers))), output_type="pt").images * 2 - 1
         logits, features = read(self.judge, drawn)
         diversity = relative_diversity(self.real.flatten(1), self.real_numbers, drawn.flatten(1), numbers)
         return {
@@ -215,9 +210,8 @@ def draw_sheet(folders: dict[str, Path], class_labels: Tensor) -> Any:  # noqa: 
     """Draws a row a GAN, of the same labels and seeds."""
     images, captions, class_labels = [], [], class_labels[:NUM_SHOWN]
     for name, folder in folders.items():
-        images += load_pipeline(folder, device=default_device())(
-            class_labels, seeds=list(range(len(class_labels)))
-        ).images
+        pipeline = load_pipeline(folder, device=default_device())
+        images += pipeline(class_labels, seeds=list(range(len(class_labels)))).images
         captions += [name] + [""] * (len(class_labels) - 1)
     return make_grid(images, captions, columns=len(class_labels))
 

@@ -435,11 +435,10 @@ def render_table(rows: Sequence[Mapping[str, Any]], missing: Sequence[str], summ
         cells += [f"{row['num_steps']:.0f}", f"{row['tflop']:.2f}", f"{row['seconds'] / 60:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     by_precision: dict[str, list[str]] = {}
+    words = {"no": "float32", None: "an unknown precision"}
     for row in rows:
         for seed, precision in zip(row["seeds"], row["mixed_precision"], strict=True):
-            by_precision.setdefault(
-                {"no": "float32", None: "an unknown precision"}.get(precision, precision), []
-            ).append(f"{row['variant']} (seed {seed})")
+            by_precision.setdefault(words.get(precision, precision), []).append(f"{row['variant']} (seed {seed})")
     if len(by_precision) > 1:  # the machines differed
         fewest = min(by_precision, key=lambda precision: len(by_precision[precision]))
         others = " or ".join(precision for precision in by_precision if precision != fewest)

@@ -863,7 +863,7 @@ def test_pictures_without_their_labels_are_refused(tmp_path):
         open_samples(board)
 
 
-def test_without_matplotlib_the_command_names_the_extra_that_brings_it(evaluations, tmp_path, monkeypatch):
+def test_without_matplotlib_the_command_says_what_to_install(evaluations, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit, match=r"iclevr-compare: .* pip install matplotlib"):
         main(evaluations)
